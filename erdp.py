@@ -1,0 +1,1327 @@
+"""Entropy-regularized Diffusion Policy with Q-Ensembles (ERDP) for offline RL, in one file.
+
+Reference: Zhang, Luo, Sjölund, Schön and Mattsson, "Entropy-regularized Diffusion Policy with Q-Ensembles for Offline
+Reinforcement Learning", arXiv:2402.04080. Equation, table and algorithm numbers are that paper's, and the code is in its
+order: settings, SDE (Eq. 1-8), networks, sampler (Eq. 10), losses (Eq. 5, 12-17), data, evaluation, Algorithm 1, main.
+
+    python erdp.py                                      # the toy task of Figure 1
+    python erdp.py --env antmaze-umaze-v0 --seed 0      # one row of Table 2 with the paper's settings
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import difflib
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+DISCOUNT = 0.99
+TARGET_RATE = 0.005  # of the Q targets, every step ("eta" in Algorithm 1, not the eta of Eq. 12)
+POLICY_EMA_RATE, POLICY_EMA_EVERY, POLICY_EMA_START = 0.005, 5, 1000
+CRITIC_LR = 3e-4  # in every domain; Table 4's learning rate is the policy's
+BACKUP_CANDIDATES = 10  # next actions of max Q-backup
+LOG_EVERY = 100  # updates between two readings of the losses, the only waits for the device in the training loop
+
+
+class UserError(Exception):
+    """Bad input: its one sentence goes to stderr and the program ends with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Settings: Section 4.1, Table 4, and the 20 rows of Tables 1 and 2
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Args:
+    """Entropy-regularized diffusion policy with Q-ensembles (arXiv:2402.04080). What is not given is the row's preset:
+    add --env ROW to --help to see it."""
+
+    env: str = "toy"
+    """toy, or a row of the paper's Tables 1 and 2, such as antmaze-umaze-v0"""
+    seed: int = 0
+    """seed of initialisation, batches, noise and evaluation"""
+    dataset: str | None = None
+    """a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data"""
+    variant: Literal["paper", "released"] = "paper"
+    """the equations as the paper means them, or as the authors' released code computes them"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+    num_steps: int = 1_000_000
+    """updates in all"""
+    batch_size: int = 256
+    """transitions an update"""
+    num_critics: int = 64
+    """M, the ensemble's size"""
+    lcb_coef: float = 4.0
+    """beta of Eq. 17"""
+    pessimism: Literal["lcb", "min"] = "lcb"
+    """lcb: Eq. 17 with independent targets; min: clipped double Q, the minimum over members in a shared target"""
+    entropy_coef: float = 0.01
+    """alpha of Eq. 12"""
+    num_diffusion_steps: int = 5
+    """T"""
+    schedule: Literal["cosine", "constant", "linear", "vp"] = "cosine"
+    """theta_t of Eq. 1 over t"""
+    loss: Literal["noise", "likelihood", "posterior"] = "noise"
+    """diffusion loss: Eq. 5; IR-SDE's likelihood loss (Table 4); or the latter without its Euler step"""
+    lr: float = 3e-4
+    """the policy's learning rate (the critics' is 3e-4)"""
+    eta: float = 1.0
+    """Q-learning weight of Eq. 12"""
+    grad_norm: float = 4.0
+    """gradient norm at which the policy's and the whole ensemble's gradients are each clipped"""
+    max_q_backup: bool = False
+    """targets take the best of 10 next actions for each member"""
+    clip_denoised: bool = True
+    """clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)"""
+    compile: bool = False
+    """compile the losses with torch.compile"""
+    eval_every: int = 50_000
+    """updates between two evaluations"""
+    eval_episodes: int = 100
+    """episodes an evaluation"""
+    eval_candidates: int = 50
+    """sampled actions among which one is drawn by softmax over their pessimistic value; 1 is a plain sample"""
+    run_dir: str | None = None
+    """the run's own folder (default: runs/<env>__<variant>__<seed>)"""
+    resume: bool = False
+    """go on from the run folder's checkpoint"""
+    checkpoint: str | None = None
+    """policy.pt or checkpoint.pt that --eval-only evaluates (default: the run folder's policy.pt)"""
+    eval_only: bool = False
+    """evaluate a trained policy, print its score and write nothing"""
+
+
+# Table 4 and Section 4.1, one line a domain. `hidden` is the width of all networks; the toy is not in the paper's table.
+PRESETS = {
+    "gym": dict(lr=3e-4, eta=1.0, max_q_backup=False, grad_norm=4.0, loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10),
+    "antmaze": dict(lr=3e-4, eta=2.0, max_q_backup=True, grad_norm=4.0, loss="noise", clip_denoised=True, num_steps=1_000_000, eval_episodes=100),
+    "adroit": dict(lr=3e-5, eta=0.1, max_q_backup=False, grad_norm=8.0, loss="noise", clip_denoised=True, num_steps=1_000_000, eval_episodes=100),
+    "kitchen": dict(lr=3e-4, eta=0.005, max_q_backup=False, grad_norm=10.0, loss="likelihood", clip_denoised=False, num_steps=1_000_000, eval_episodes=100),
+    "toy": dict(lr=1e-3, eta=1.0, max_q_backup=False, grad_norm=4.0, loss="noise", clip_denoised=True, num_steps=8_000, eval_episodes=100, eval_every=400, batch_size=64, num_critics=16),
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A row of Table 1 or 2: its domain, data, evaluation environment (None: the data set's) and D4RL's reference returns."""
+
+    domain: str
+    dataset: str
+    env_id: str | None
+    ref_min: float
+    ref_max: float
+
+
+ROBOTS = {
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+}
+ROWS = {
+    f"{robot}-{level}-v2": Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *ROBOTS[robot])
+    for level in ("medium", "medium-replay", "medium-expert")
+    for robot in ROBOTS
+}
+for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+    ROWS[f"antmaze-{maze}-v0"] = Row("antmaze", f"D4RL/antmaze/{maze}", None, 0.0, 1.0)
+for level in ("human", "cloned"):
+    ROWS[f"pen-{level}-v1"] = Row("adroit", f"D4RL/pen/{level}", None, 96.262799, 3076.8331017826877)
+for level in ("complete", "partial", "mixed"):
+    ROWS[f"kitchen-{level}-v0"] = Row("kitchen", f"D4RL/kitchen/{level}", None, 0.0, 4.0)
+
+
+def domain_of(env: str) -> str:
+    """The PRESETS key of a row, of the toy, or (any other name: a bare --dataset) Gym's."""
+    return ROWS[env].domain if env in ROWS else "toy" if env == "toy" else "gym"
+
+
+def preset(env: str) -> Args:
+    """The paper's settings for `env`: Section 4.1's, then Table 4's line of its domain."""
+    args = dataclasses.replace(Args(env=env), **PRESETS[domain_of(env)])
+    if env == "antmaze-umaze-v0":  # the asterisk in Table 4
+        args.max_q_backup = False
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.compile = args.device == "cuda"
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The mean-reverting SDE: Eq. 1-8, 14, 28
+# ---------------------------------------------------------------------------------------------------------------------
+# theta over steps k = 1..T (an array), up to a factor: every schedule is scaled to theta_bar_T = -ln(1e-3).
+SCHEDULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "cosine": lambda k: 1 - (np.cos((k / (len(k) + 1) + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2,
+    "constant": lambda k: np.ones(len(k)),
+    "linear": lambda k: np.linspace(1, 200, len(k)),
+    "vp": lambda k: 1 - np.exp(-0.1 / len(k) - 4.95 * (2 * k - 1) / len(k) ** 2),
+}
+
+
+class MeanRevertingSDE:
+    """The SDE of Eq. 1, dx = -theta_t x dt + sqrt(2 theta_t) dw, on the paper's grid t = 0..T, T = num_steps.
+
+    theta_prime (T+1,) holds theta'_t, the integral of theta over step t, and theta_bar (T+1,) its cumulative sum:
+    theta_bar[0] == 0, theta_bar[T] = -ln(1e-3). x is (B, A) or (A,). Times t and tau are an int or an integer tensor
+    (B,), which gives coefficients of shape (B, 1). Densities are summed over the last axis. Coefficients are computed
+    in float64 and stored in `dtype`. An int outside 0 <= tau <= t <= T raises ValueError; tensors are not checked, as
+    that would wait for the device.
+    """
+
+    def __init__(self, num_steps: int = 5, schedule: str = "cosine", dtype=torch.float32, device="cpu"):
+        if num_steps < 2:
+            raise ValueError(f"num_steps is {num_steps}, but the SDE needs at least 2 steps")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
+        self.num_steps = num_steps
+        theta = SCHEDULES[schedule](np.arange(1.0, num_steps + 1))
+        theta_prime = np.append(0.0, theta * -math.log(1e-3) / theta.sum())
+        theta_bar = np.cumsum(theta_prime)
+        between = np.maximum(theta_bar[None, :] - theta_bar[:, None], 0)  # (T+1, T+1): theta_bar_{tau:t} at [tau, t]
+        var = -np.expm1(-2 * between)
+        before = np.arange(num_steps + 1) - 1
+        before[0] = 0  # t - 1; nothing reads the coefficients at t = 0
+        step_var, var_t = -np.expm1(-2 * theta_prime), np.append(1.0, var[0, 1:])
+        tables = dict(
+            theta_prime=theta_prime,
+            theta_bar=theta_bar,
+            _scale=np.exp(-between),
+            _var=var,
+            _std=np.sqrt(var),
+            _growth=np.exp(theta_bar),
+            _mean_x_t=var[0, before] / var_t * np.exp(-theta_prime),  # Eq. 7
+            _mean_x_0=step_var / var_t * np.exp(-theta_bar[before]),
+            _posterior_var=var[0, before] * step_var / var_t,
+        )
+        for name, table in tables.items():
+            setattr(self, name, torch.as_tensor(table, dtype=dtype, device=device))
+
+    def _at(self, table, *times, first=0):
+        """table[times], with a last axis to broadcast over x's where a time is a tensor; ints must ascend from `first`."""
+        ints = [t for t in times if isinstance(t, int)]
+        if any(a > b for a, b in zip([first, *ints], [*ints, self.num_steps])):
+            raise ValueError(f"diffusion times {ints} must ascend from {first} to T = {self.num_steps}")
+        value = table[times]
+        return value[..., None] if value.ndim else value
+
+    def transition(self, tau, t):
+        """Eq. 2: (scale, var) of p(x_t | x_tau) = N(scale x_tau, var I), tau <= t."""
+        return self._at(self._scale, tau, t), self._at(self._var, tau, t)
+
+    def diffuse(self, x_0, t, eps):
+        """Eq. 4: x_t from clean x_0 and standard Gaussian noise eps."""
+        return self._at(self._scale, 0, t) * x_0 + self._at(self._std, 0, t) * eps
+
+    def score(self, x_t, x_0, t):
+        """Eq. 28: the gradient of log p(x_t | x_0) with respect to x_t, for t >= 1."""
+        return -(x_t - self._at(self._scale, 0, t) * x_0) / self._at(self._var, 0, t)
+
+    def posterior(self, x_t, x_0, t):
+        """Eq. 6-7: (mean, var) of p(x_{t-1} | x_t, x_0) for t >= 1; at t = 1, x_0 and 0."""
+        mean = self._at(self._mean_x_t, t, first=1) * x_t + self._at(self._mean_x_0, t, first=1) * x_0
+        return mean, self._at(self._posterior_var, t, first=1)
+
+    def predict_x0(self, x_t, t, eps):
+        """Eq. 8: x0-hat, the x_0 of which x_t is the diffused value if its noise is eps."""
+        return self._at(self._growth, t) * (x_t - self._at(self._std, 0, t) * eps)
+
+    def log_prob(self, x_t, x_tau, tau, t):
+        """log p(x_t | x_tau), the density of Eq. 2 for tau < t. Shape: x's without its last axis."""
+        scale, var = self.transition(tau, t)
+        return (-0.5 * (x_t - scale * x_tau) ** 2 / var - 0.5 * torch.log(2 * torch.pi * var)).sum(-1)
+
+    def log_prob_x1(self, x_1, x_T, x_0):
+        """Eq. 14: log p(x_1 | x_T, x_0) by Bayes' rule on the densities of Eq. 2."""
+        T = self.num_steps
+        return self.log_prob(x_T, x_1, 1, T) + self.log_prob(x_1, x_0, 0, 1) - self.log_prob(x_T, x_0, 0, T)
+
+    def reverse_sde_step(self, x_t, t, score, noise):
+        """Eq. 3: one Euler-Maruyama step from t to t - 1, against time, with standard Gaussian noise."""
+        theta = self._at(self.theta_prime, t, first=1)
+        return x_t + theta * x_t + 2 * theta * score + (2 * theta).sqrt() * noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Networks
+# ---------------------------------------------------------------------------------------------------------------------
+def mish(x):
+    """x tanh(softplus(x)). Compiled code takes it as x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
+    e = x.clamp(max=20).exp()  # beyond 20 the quotient is 1 to float64's precision
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+class NoiseNetwork(nn.Module):
+    """eps_phi(x_t, t, s): three hidden Mish layers over (noisy action, time embedding, state)."""
+
+    def __init__(self, state_dim: int, action_dim: int, hidden: int = 256):
+        super().__init__()
+        self.register_buffer("frequency", 10_000 ** (-torch.arange(8, dtype=torch.float64) / 7), persistent=False)
+        self.time = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 16)])
+        sizes = [action_dim + 16 + state_dim, hidden, hidden, hidden, action_dim]
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in zip(sizes, sizes[1:]))
+
+    def forward(self, x_t, t, state):
+        """x_t (B, A), t (B,) integer in 1..T, state (B, S) -> (B, A)."""
+        phase = ((t - 1)[:, None] * self.frequency).to(x_t.dtype)  # (B, 8)
+        time = self.time[1](mish(self.time[0](torch.cat([phase.sin(), phase.cos()], -1))))  # (B, 16)
+        h = torch.cat([x_t, time, state], -1)  # (B, A + 16 + S)
+        for layer in self.layers[:-1]:
+            h = mish(layer(h))  # (B, H)
+        return self.layers[-1](h)
+
+
+class QEnsemble(nn.Module):
+    """M independent Q-functions of three hidden Mish layers, evaluated together in batched matrix products."""
+
+    def __init__(self, state_dim: int, action_dim: int, num_critics: int = 64, hidden: int = 256):
+        super().__init__()
+        sizes = [state_dim + action_dim, hidden, hidden, hidden, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes, sizes[1:]):
+            weight = torch.empty(num_critics, fan_in, fan_out)
+            bias = torch.empty(num_critics, 1, fan_out)
+            if fan_out > 1:
+                weight.uniform_(-1 / 16, 1 / 16)  # whatever the width: the released code's 1 / sqrt(256)
+                bias.fill_(0.1)
+            else:
+                weight.uniform_(-3e-3, 3e-3)
+                bias.uniform_(-3e-3, 3e-3)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(bias))
+
+    def forward(self, state, action, frozen: bool = False):
+        """state (B, S), action (B, A) -> (M, B). `frozen`: gradients reach the action but not the weights."""
+        weights = [w.detach() if frozen else w for w in self.weights]
+        biases = [b.detach() if frozen else b for b in self.biases]
+        h = torch.cat([state, action], -1)  # (B, S + A), the same for all members
+        M, fan_in, hidden = weights[0].shape
+        h = h @ weights[0].transpose(0, 1).reshape(fan_in, M * hidden)  # (B, M * H): one product, no copy of h per member
+        h = mish(h.view(-1, M, hidden).transpose(0, 1) + biases[0])  # (M, B, H)
+        for weight, bias in zip(weights[1:-1], biases[1:-1]):
+            h = mish(torch.baddbmm(bias, h, weight))  # (M, B, H)
+        return torch.baddbmm(biases[-1], h, weights[-1]).squeeze(-1)  # (M, B)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Sampling: Eq. 10 by Eq. 6 and 8
+# ---------------------------------------------------------------------------------------------------------------------
+def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_sample: bool = True):
+    """Actions (B, A) for states (B, S) in T steps of optimal sampling (Proposition 3.1).
+
+    network(x_t (B, A), t (B,), state) is any predictor of the noise. noise (T, B, A) is standard Gaussian: x_T, then
+    Eq. 6's for t = T..2. `clip_denoised` clamps each x0-hat to [-1, 1], `clip_sample` the finished action.
+    """
+    T = sde.num_steps
+    x_t = noise[0]
+    for t in range(T, 0, -1):
+        eps = network(x_t, torch.full((len(x_t),), t, device=x_t.device), state)
+        x_0 = sde.predict_x0(x_t, t, eps)  # Eq. 8
+        if clip_denoised:
+            x_0 = x_0.clamp(-1, 1)
+        mean, var = sde.posterior(x_t, x_0, t)  # Eq. 7
+        x_t = mean + var.sqrt() * noise[T - t + 1] if t > 1 else mean  # Eq. 6
+    return x_t.clamp(-1, 1) if clip_sample else x_t
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Losses: Eq. 5, 16, 17, 12-15
+# ---------------------------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """Transitions: state (B, S), action (B, A) in [-1, 1], reward (B,), next_state (B, S), terminal (B,) 0 or 1."""
+
+    state: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    next_state: torch.Tensor
+    terminal: torch.Tensor
+
+
+class Noise(NamedTuple):
+    """All that is random in one update, drawn outside it, so that an update is a function of its arguments."""
+
+    rows: torch.Tensor  # (B,) transitions of the data set
+    t: torch.Tensor  # (B,) diffusion times, uniform on 1..T
+    eps: torch.Tensor  # (B, A) noise of Eq. 4
+    a_T: torch.Tensor  # (B, A) the a^T of Eq. 14
+    next_action: torch.Tensor  # (T, C * B, A) noise of the sampler for C candidate next actions a state
+
+
+def diffusion_loss(sde, x_0, x_t, t, eps, eps_hat, loss: str = "noise"):
+    """Mean squared error of the predicted noise eps_hat (B, A), given x_t = sde.diffuse(x_0, t, eps).
+
+    "noise" is Eq. 5. "likelihood" (Table 4; IR-SDE) compares one Euler step of the reverse SDE's drift with the optimal
+    x_{t-1} of Eq. 40; as an Euler step over a coarse grid is not the posterior mean, the true noise does not minimise it.
+    "posterior" compares the posterior means themselves (Eq. 7 with x0-hat of Eq. 8): the true noise does, at any T.
+    """
+    if loss == "noise":
+        return F.mse_loss(eps_hat, eps)
+    optimal, _ = sde.posterior(x_t, x_0, t)  # Eq. 40
+    if loss == "likelihood":
+        score = -eps_hat / sde.transition(0, t)[1].sqrt()  # Eq. 30
+        return F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)
+    return F.mse_loss(sde.posterior(x_t, sde.predict_x0(x_t, t, eps_hat), t)[0], optimal)
+
+
+def critic_loss(critics, critics_target, batch: Batch, next_action, pessimism: str = "lcb", discount: float = DISCOUNT):
+    """Eq. 16, squared: the mean over members and batch of (Q_m(s, a) - y_m)^2. Returns it and Q(s, a) (M, B).
+
+    next_action (C, B, A) holds C candidates a next state; y_m takes the best by the target of member m (max Q-backup).
+    Targets are independent, y_m from target m, or with pessimism "min" shared, the minimum over members.
+    """
+    C, B, _ = next_action.shape
+    with torch.no_grad():
+        next_state = batch.next_state.expand(C, B, -1).reshape(C * B, -1)
+        next_q = critics_target(next_state, next_action.reshape(C * B, -1)).view(-1, C, B).amax(1)  # (M, B)
+        if pessimism == "min":
+            next_q = next_q.amin(0, keepdim=True)  # (1, B)
+        target = batch.reward + discount * (1 - batch.terminal) * next_q
+    q = critics(batch.state, batch.action)  # (M, B)
+    return ((q - target) ** 2).mean(), q
+
+
+def lcb(q, beta: float = 4.0, unbiased: bool = False):
+    """Eq. 17: mean - beta * standard deviation over the first axis, (M, ...) -> (...).
+
+    The divisor is M (`unbiased`: M - 1, as the released code). One member has no deviation, and where all members agree
+    the gradient of the deviation is taken as 0.
+    """
+    if len(q) == 1:
+        return q[0]
+    var = q.var(0, correction=int(unbiased))
+    agree = var == 0
+    return q.mean(0) - beta * var.masked_fill(agree, 1).sqrt().masked_fill(agree, 0)
+
+
+def pessimistic_value(q, pessimism: str, beta: float, variant: str):
+    """The ensemble's value (B,) from q (M, B): Eq. 17, or the minimum over members."""
+    return q.amin(0) if pessimism == "min" else lcb(q, beta, unbiased=variant == "released")
+
+
+def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
+    """log p(a^1-hat | a^T, s) of Eq. 13-15 (B,), from a^0-hat (unclamped), its predicted noise and a^T.
+
+    "paper": Eq. 14 at a^1-hat = Eq. 4 of a^0-hat and the predicted noise at t = 1. "released": a^1-hat is one Euler step
+    of the drift, and each density has earlier and later state exchanged, at times 1, 2 and T.
+    """
+    if variant == "paper":
+        return sde.log_prob_x1(sde.diffuse(a_0, 1, eps_hat), a_T, a_0)
+    T, a_1 = sde.num_steps, (1 - sde.theta_prime[1]) * a_0
+    return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
+
+
+def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args):
+    """Eq. 15, with L_diff of `args.loss`. Returns it with L_diff, the mean pessimistic value and the mean of -log p.
+
+    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
+    where it is. q_data (M, B) is Q(s, a) of the batch, for the lambda of `variant` "paper". Q's weights get no gradient.
+    """
+    x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
+    eps_hat = policy(x_t, noise.t, batch.state)
+    l_diff = diffusion_loss(sde, batch.action, x_t, noise.t, noise.eps, eps_hat, args.loss)
+    a_0 = sde.predict_x0(x_t, noise.t, eps_hat)  # Eq. 8
+    log_p = policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
+    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
+    value = pessimistic_value(q, args.pessimism, args.lcb_coef, args.variant)  # (B,)
+    if args.variant == "paper":
+        scale = pessimistic_value(q_data, args.pessimism, args.lcb_coef, args.variant).abs().mean()
+        bonus = value.mean() - args.entropy_coef * log_p.mean() if args.entropy_coef else value.mean()
+        loss = l_diff - args.eta / scale.detach() * bonus  # lambda = eta / E|Q(s, a)|
+    else:
+        loss = l_diff - args.eta / q.abs().mean().detach() * value.mean()
+        if args.entropy_coef:
+            loss = loss + args.entropy_coef * log_p.mean() / log_p.abs().mean().detach()
+    return loss, l_diff.detach(), value.mean().detach(), -log_p.mean().detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Tasks and data
+# ---------------------------------------------------------------------------------------------------------------------
+D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+PATIENCE = 20  # seconds that a silent server is waited for
+
+
+@dataclasses.dataclass
+class Task:
+    """Where a policy is evaluated, and how its actions, observations and returns are to be read."""
+
+    env: str
+    data: object  # MinariDataset, path of an HDF5 file, or None for the toy
+    dataset_id: str
+    spec: gym.envs.registration.EnvSpec
+    space: gym.Space  # of one observation
+    low: np.ndarray  # (A,) action bounds
+    high: np.ndarray
+    ref_min: float  # returns of score 0 and 100
+    ref_max: float
+
+    @property
+    def state_dim(self) -> int:
+        return gym.spaces.flatdim(self.space)
+
+    def score(self, returns):
+        """D4RL's normalised score."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+
+@contextlib.contextmanager
+def quiet():
+    """No warnings on the user's screen: gymnasium_robotics' import and every `-v4` environment print some."""
+    level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gym.logger.min_level = level
+
+
+class ToyEnv(gym.Env):
+    """Figure 1: from 0, two steps in [-1, 1] along a line; each pays the reward at the state that it reaches."""
+
+    observation_space = gym.spaces.Box(-2, 2, (2,))  # (position, steps taken)
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    @staticmethod
+    def reward(x):
+        """A mixture of Gaussians: a low, broad hill on the left, a narrow high one out of the data's way on the right."""
+        return 0.4 * np.exp(-0.5 * ((x + 0.8) / 0.4) ** 2) + np.exp(-0.5 * ((x - 1.2) / 0.4) ** 2)
+
+    @classmethod
+    def best_return(cls) -> float:
+        first, second = np.meshgrid(np.linspace(-1, 1, 2001), np.linspace(-1, 1, 2001))
+        return float((cls.reward(first) + cls.reward(first + second)).max())
+
+    def reset(self, *, seed=None, options=None):
+        self.state = np.zeros(2, np.float32)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.state = self.state + np.array([float(action[0]), 1], np.float32)
+        return self.state.copy(), float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
+
+
+def toy_data(seed: int, episodes: int = 512) -> Batch:
+    """Unbalanced two-step episodes: four in five drift to the left, away from the high reward."""
+    rng = np.random.default_rng(seed)
+    drift = np.where(rng.random((episodes, 1)) < 0.8, -0.3, 0.5)
+    action = np.clip(rng.normal(drift, 0.4, (episodes, 2)), -1, 1)
+    position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
+    state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
+    terminal = np.broadcast_to([0.0, 1.0], (episodes, 2))
+    return Batch(state[:, :2].reshape(-1, 2), action.reshape(-1, 1), ToyEnv.reward(position[:, 1:]).ravel(), state[:, 1:].reshape(-1, 2), terminal.ravel())
+
+
+def shapes(space: gym.Space) -> str:
+    """A space in words, for comparison: 'achieved_goal (2,), observation (27,)'."""
+    if isinstance(space, gym.spaces.Dict):
+        return ", ".join(f"{key} {shapes(part)}" for key, part in space.items())
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"{space} is not supported: observations must be Box spaces or Dicts of them")
+    return str(space.shape)
+
+
+def flatten(space: gym.Space, observations) -> np.ndarray:
+    """Observations (N, ...) of a Box, or nested dicts of them, as (N, S) float32 in the space's order."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flatten(part, observations[key]) for key, part in space.items()], 1)
+    return np.asarray(observations, np.float32).reshape(len(observations), -1)
+
+
+def open_minari(dataset_id: str):
+    """The Minari data set of that id, its newest version if the id has none: installed, else downloaded."""
+    with quiet():
+        import minari
+    if not re.fullmatch(r"([-\w]+/)*[-\w]+", dataset_id):
+        raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/antmaze/umaze-v1")
+    name, version = re.fullmatch(r"(.*?)(?:-v(\d+))?", dataset_id).groups()
+
+    def newest(ids):
+        ids = [i for i in ids if (i == dataset_id if version else re.fullmatch(re.escape(name) + r"-v\d+", i))]
+        return max(ids, key=lambda i: int(i.rpartition("-v")[2]), default=None)
+
+    try:
+        with quiet():
+            found = newest(minari.list_local_datasets())
+            if found:
+                return minari.load_dataset(found)
+    except Exception as error:  # whatever Minari meets in a damaged folder
+        raise UserError(f"Minari data set {dataset_id} cannot be read ({short(error)}): delete it and download it again") from error
+    folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
+    command = f"run `minari download {dataset_id if version else name + '-v<N>'}` where there is a network, or set MINARI_DATASETS_PATH (now {folder})"
+    answer = {}
+
+    def ask():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                answer["ids"] = list(minari.list_remote_datasets(prefix=name, compatible_minari_version=True))
+        except Exception as error:
+            answer["error"] = short(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # Minari has no time limit of its own
+    asking.start()
+    asking.join(PATIENCE)
+    if "ids" not in answer:
+        reason = answer.get("error", f"no answer in {PATIENCE} s")
+        raise UserError(f"Minari data set {dataset_id} is not installed and cannot be downloaded ({reason}): {command}")
+    found = newest(answer["ids"])
+    if found is None:
+        raise UserError(f"Minari data set {dataset_id} is neither installed nor on the server: `minari list remote` shows what is")
+    try:
+        minari.download_dataset(found)
+        return minari.load_dataset(found)
+    except Exception as error:
+        raise UserError(f"Minari data set {found} could not be downloaded ({short(error)}): {command}") from error
+
+
+def short(error: Exception) -> str:
+    """The first line of an exception's message, for one-sentence errors."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def open_hdf5(path: Path, row: Row | None) -> Path:
+    """`path`; the row's file is downloaded from D4RL's server if it is not there."""
+    if path.exists():
+        return path
+    if row is None:
+        raise UserError(f"--dataset {path} does not exist")
+    url, part = D4RL_SERVER + row.dataset, path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=PATIENCE) as source, open(part, "wb") as file:
+            size = int(source.headers["Content-Length"])
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while chunk := source.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if file.tell() != size:
+                raise OSError(f"only {file.tell()} of {size} bytes came")
+        part.replace(path)
+    except (OSError, urllib.error.URLError, TypeError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{url} cannot be downloaded ({short(error)}): fetch it by other means and save it as {path}") from error
+    return path
+
+
+def open_task(args: Args) -> Task:
+    """The task that `args.env` and `args.dataset` name: its environment and the way to its data, which is not read yet."""
+    row = ROWS.get(args.env)
+    if args.env == "toy":
+        if args.dataset:
+            raise UserError(f"--dataset {args.dataset} needs --env: the toy task makes its own data")
+        spec = gym.envs.registration.EnvSpec("ERDP-Toy-v0", entry_point=ToyEnv)
+        return Task("toy", None, "toy", spec, ToyEnv.observation_space, ToyEnv.action_space.low, ToyEnv.action_space.high, 0.0, ToyEnv.best_return())
+    if row is None and args.env != args.dataset:
+        near = difflib.get_close_matches(args.env, ["toy", *ROWS], 3, 0.3)
+        raise UserError(f"--env {args.env} is not a row of the paper's tables: did you mean {' or '.join(near) or 'one of ' + ', '.join(ROWS)}?")
+    path = args.dataset or (row.dataset if row else "")
+    with quiet():
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+    if path.endswith((".hdf5", ".h5")):
+        if row is None or row.env_id is None:
+            raise UserError(f"--dataset {path} is an HDF5 file, which has no environment: name a Gym row with --env, such as hopper-medium-v2")
+        if args.dataset is None:
+            path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / path
+        data = open_hdf5(Path(path), None if args.dataset else row)
+        dataset_id, ref = str(args.dataset or path), (row.ref_min, row.ref_max)
+        with quiet():
+            env = gym.make(row.env_id)
+    else:
+        data = open_minari(path)
+        dataset_id, metadata = data.spec.dataset_id, data.storage.metadata
+        ref = (row.ref_min, row.ref_max) if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+        if None in ref:
+            print(f"{dataset_id} has no reference scores: its score is the return")
+            ref = (0.0, 100.0)
+        if not isinstance(data.spec.action_space, gym.spaces.Box):
+            raise UserError(f"{dataset_id} has the action space {data.spec.action_space}: actions must be continuous (a Box)")
+        try:
+            with quiet():
+                env = gym.make(row.env_id) if row and row.env_id else data.recover_environment(eval_env=True)
+                if domain_of(args.env) == "antmaze":
+                    maze = evaluation_maze(data, env.spec.kwargs["maze_map"])
+                    env = gym.make(env.spec, continuing_task=False, maze_map=maze)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"the evaluation environment of {dataset_id} cannot be made ({short(error)})") from error
+    spec, space, actions = env.spec, env.observation_space, env.action_space
+    env.close()
+    if not isinstance(actions, gym.spaces.Box) or not actions.is_bounded():
+        raise UserError(f"{spec.id} has the action space {actions}: actions must be a bounded Box")
+    if not isinstance(data, Path):
+        theirs = data.spec.observation_space
+        if shapes(theirs) != shapes(space):
+            raise UserError(f"data set {dataset_id} and environment {spec.id} differ: observations {shapes(theirs)} against {shapes(space)}")
+        theirs = data.spec.action_space
+        if theirs.shape != actions.shape or not (np.allclose(theirs.low, actions.low) and np.allclose(theirs.high, actions.high)):
+            raise UserError(f"data set {dataset_id} and environment {spec.id} differ: actions {theirs} against {actions}")
+    if domain_of(args.env) == "kitchen":
+        space = space["observation"]
+    bounds = actions.low.astype(np.float64).ravel(), actions.high.astype(np.float64).ravel()
+    return Task(args.env, data, dataset_id, spec, space, *bounds, *ref)
+
+
+def evaluation_maze(data, maze: list) -> list:
+    """The maze to evaluate in: `maze`, mirrored if the data was collected between mirrored walls (Minari issue 304)."""
+    collected = data.env_spec.kwargs.get("maze_map", gym.spec(data.env_spec.id).kwargs["maze_map"])
+
+    def walls(maze):
+        return [[cell == 1 for cell in line] for line in maze]
+
+    if walls(maze) == walls(collected):
+        return maze
+    for mirrored in ([line[::-1] for line in maze], maze[::-1]):
+        if walls(mirrored) == walls(collected):
+            print(f"{data.spec.dataset_id}: the evaluation maze is mirrored, to match the walls that the data was collected in")
+            return mirrored
+    raise UserError(f"{data.spec.dataset_id} was collected in another maze than its evaluation environment's: scores there would mean nothing")
+
+
+def load_minari(task: Task) -> Batch:
+    """All transitions of a Minari data set. AntMaze is read as D4RL meant it: an episode ends, terminal, at the goal."""
+    parts, key = [], domain_of(task.env) == "kitchen"
+    for episode in task.data.iterate_episodes():
+        observations = flatten(task.space, episode.observations["observation"] if key else episode.observations)
+        rewards, terminal = np.asarray(episode.rewards, np.float64), np.array(episode.terminations, np.float32)
+        n = len(rewards)
+        if not (len(observations) == n + 1 == len(episode.actions) + 1 == len(terminal) + 1):
+            raise UserError(f"{task.dataset_id}: episode {episode.id} has {len(observations)} observations, {len(episode.actions)} actions and {n} rewards")
+        if domain_of(task.env) == "antmaze" and (rewards > 0).any():
+            n = int(np.argmax(rewards > 0)) + 1
+            terminal[n - 1] = 1
+        actions = np.asarray(episode.actions, np.float32).reshape(len(rewards), -1)
+        parts.append((observations[:n], actions[:n], rewards[:n], observations[1 : n + 1], terminal[:n]))
+    if not parts:
+        raise UserError(f"{task.dataset_id} is empty")
+    return Batch(*map(np.concatenate, zip(*parts)))
+
+
+def load_hdf5(task: Task) -> Batch:
+    """All transitions of a D4RL file, paired as D4RL does: row i with row i + 1, but for timeouts and the last row."""
+    import h5py
+
+    try:
+        with h5py.File(task.data) as file:
+            missing = {"observations", "actions", "rewards", "terminals", "timeouts"} - set(file)
+            if missing:
+                raise UserError(f"{task.data} lacks {', '.join(sorted(missing))}, which D4RL's files have")
+            rows = {key: file[key][()] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
+    except (OSError, RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{task.data} cannot be read as HDF5, it may be cut short: delete it and fetch it again ({short(error)})") from error
+    if len({len(np.atleast_1d(rows[key])) for key in rows}) != 1:
+        raise UserError(f"{task.data} has arrays of unequal length: " + ", ".join(f"{key} {np.shape(rows[key])}" for key in rows))
+    for key, width in dict(observations=task.state_dim, actions=len(task.low)).items():
+        if np.ndim(rows[key]) != 2 or rows[key].shape[1] != width:
+            raise UserError(f"{task.data} and environment {task.spec.id} differ: {key} {np.shape(rows[key])[1:]} against ({width},)")
+    keep = ~rows["timeouts"][:-1].astype(bool)
+    state = rows["observations"]
+    return Batch(*(x[keep] for x in (state[:-1], rows["actions"][:-1], rows["rewards"][:-1], state[1:], rows["terminals"][:-1])))
+
+
+def load_data(task: Task, args: Args) -> Batch:
+    """The data set as float32 tensors on the device, actions scaled to [-1, 1], rewards as the domain has them."""
+    if task.data is None:
+        data = toy_data(args.seed)
+    else:
+        data = load_hdf5(task) if isinstance(task.data, Path) else load_minari(task)
+    if len(data.reward) == 0:
+        raise UserError(f"{task.dataset_id} is empty")
+    for name, values in data._asdict().items():
+        if not np.isfinite(values).all():
+            raise UserError(f"{task.dataset_id} has NaN or infinity in its {name}s")
+    action = 2 * (data.action - task.low) / (task.high - task.low) - 1
+    worst = float(np.abs(action).max())
+    if worst > 1 + 1e-3:
+        raise UserError(f"{task.dataset_id} has actions outside their bounds: {worst:.4g} where the bounds are scaled to -1 and 1")
+    reward = data.reward
+    if domain_of(task.env) == "antmaze":
+        reward = 4 * (reward - 0.5)
+    elif domain_of(task.env) == "adroit":
+        reward = (reward - reward.mean()) / (reward.std() or 1.0)
+    data = data._replace(action=action.clip(-1, 1), reward=reward)
+    return Batch(*(torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32), device=args.device) for x in data))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Acting and evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+class Actor:
+    """The policy as it acts: of `candidates` samples, one drawn by softmax over the target ensemble's pessimistic value."""
+
+    def __init__(self, policy, critics, sde, low, high, args: Args):
+        self.policy, self.critics, self.sde, self.args = policy, critics, sde, args
+        self.low, self.high = np.asarray(low), np.asarray(high)
+        self.noise_shape = (sde.num_steps, args.eval_candidates, len(self.low))
+
+    @torch.no_grad()
+    def __call__(self, state, streams=None) -> np.ndarray:
+        """States (N, S) -> actions (N, A) within the environment's bounds; state n draws from NumPy generator streams[n]."""
+        streams = streams or [np.random.default_rng() for _ in state]
+        args, N, (T, C, A) = self.args, len(state), self.noise_shape
+        device = self.sde.theta_bar.device
+        noise = np.stack([rng.standard_normal(self.noise_shape, np.float32) for rng in streams], 1)  # (T, N, C, A)
+        state = torch.as_tensor(np.asarray(state, np.float32), device=device).repeat_interleave(C, 0)  # (N * C, S)
+        noise = torch.as_tensor(noise, device=device).view(T, N * C, A)
+        action = sample_actions(self.policy, self.sde, state, noise, args.clip_denoised).view(N, C, A)
+        if C > 1:
+            value = pessimistic_value(self.critics(state, action.view(N * C, A)), args.pessimism, args.lcb_coef, args.variant)
+            below = value.view(N, C).double().softmax(-1).cumsum(-1)  # (N, C)
+            u = torch.tensor([[rng.random()] for rng in streams], dtype=torch.float64, device=device)
+            choice = torch.searchsorted(below, u * below[:, -1:], right=True).clamp(max=C - 1)  # (N, 1)
+            action = action.take_along_dim(choice[..., None], 1)
+        action = (action[:, 0].double().cpu().numpy() + 1) / 2 * (self.high - self.low) + self.low
+        return np.clip(action, self.low, self.high)
+
+
+def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
+    """The Actor of a run's policy.pt (or checkpoint.pt). Raises UserError where the file is not one, whole."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        args, sizes = Args(**saved["args"]), (saved["about"]["state_dim"], saved["about"]["action_dim"])
+        args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
+        agent = Agent(*sizes, args, device)
+        agent.policy.load_state_dict(saved["agent"]["policy"])
+        agent.critics_target.load_state_dict(saved["agent"]["critics_target"])
+    except Exception as error:
+        raise UserError(f"{path} is not a whole policy or checkpoint of this program ({short(error)})") from error
+    return agent.actor(saved["low"], saved["high"])
+
+
+class Episode(gym.Wrapper):
+    """One episode of flat observations. Once it has ended, as `info` says, it stands still until the next reset."""
+
+    def __init__(self, env, space, key):
+        super().__init__(env)
+        self.key, self.space = key, space
+        self.observation_space = gym.spaces.flatten_space(space)
+
+    def read(self, observation):
+        return gym.spaces.flatten(self.space, observation[self.key] if self.key else observation)
+
+    def reset(self, **kwargs):
+        observation, _ = self.env.reset(**kwargs)
+        self.last, self.ended = self.read(observation), False
+        return self.last, {}
+
+    def step(self, action):
+        if self.ended:
+            return self.last, 0.0, False, False, {"ended": True}
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.last, self.ended = self.read(observation), terminated or truncated
+        success = float(info["success"]) if "success" in info else np.nan
+        return self.last, reward, False, False, {"ended": self.ended, "success": success}
+
+
+def make_envs(task: Task, episodes: int, num_envs: int | None = None):
+    """Environments that step together in worker processes, by default two a core and at most one an episode."""
+    key = "observation" if domain_of(task.env) == "kitchen" else None
+
+    def make():
+        if multiprocessing.parent_process():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+        with quiet():
+            return Episode(gym.make(task.spec, disable_env_checker=True), task.space, key)
+
+    makers = [make] * min(episodes, num_envs or 2 * (os.cpu_count() or 1))
+    if task.env == "toy":
+        return gym.vector.SyncVectorEnv(makers)
+    with quiet():  # fork where it is safe: a worker starts at once and never touches the GPU
+        return gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
+
+
+def evaluate(actor: Actor, envs, episodes: int, seed: int, stopped=lambda: False) -> dict | None:
+    """Plays `episodes` episodes: arrays return, success (NaN where the environment has none) and length; None if stopped.
+
+    Episode e has its own seed and random stream, whichever environment plays it, so that neither their number nor
+    anything in training changes the result.
+    """
+    K = envs.num_envs
+    result = dict(returns=np.zeros(episodes), success=np.full(episodes, np.nan), length=np.zeros(episodes, int))
+    playing, following = np.arange(K), K  # the episode that each environment plays, and the next one in line
+    alive = playing < episodes
+    seeds = [int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in range(max(K, episodes))]
+    streams = [np.random.default_rng((seed, e)) for e in range(max(K, episodes))]
+    state, _ = envs.reset(seed=[seeds[e] for e in playing])
+    actions = np.tile(actor.low, (K, 1))
+    while alive.any():
+        if stopped():
+            return None
+        actions[alive] = actor(state[alive], [streams[e] for e in playing[alive]])
+        state, reward, _, _, info = envs.step(actions)
+        now = playing[alive]
+        result["returns"][now] += reward[alive]
+        result["length"][now] += 1
+        result["success"][now] = np.fmax(result["success"][now], info["success"][alive])
+        fresh = np.zeros(K, bool)
+        for k in np.flatnonzero(alive & info["ended"]):
+            alive[k] = fresh[k] = following < episodes
+            if fresh[k]:
+                playing[k], following = following, following + 1
+        if fresh.any():
+            state, _ = envs.reset(seed=[seeds[e] for e in playing], options={"reset_mask": fresh})
+    return result
+
+
+def summary(task: Task, result: dict) -> dict:
+    """Mean and standard deviation over episodes of return and score, success rate and mean length."""
+    score = task.score(result["returns"])
+    return dict(
+        return_mean=float(result["returns"].mean()),
+        return_std=float(result["returns"].std()),
+        score_mean=float(score.mean()),
+        score_std=float(score.std()),
+        success=None if np.isnan(result["success"]).all() else float(result["success"].mean()),
+        length=float(result["length"].mean()),
+    )
+
+
+def in_words(row: dict) -> str:
+    success = "" if row["success"] is None else f", success {row['success']:.0%}"
+    return f"score {row['score_mean']:.1f} ± {row['score_std']:.1f}, return {row['return_mean']:.2f} ± {row['return_std']:.2f}{success}, length {row['length']:.0f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Training: Algorithm 1, and the folder that a run leaves
+# ---------------------------------------------------------------------------------------------------------------------
+class Agent:
+    """What Algorithm 1 updates: the policy pi_phi and its EMA, the ensemble Q_psi and its targets, and two optimisers."""
+
+    def __init__(self, state_dim: int, action_dim: int, args: Args, device="cpu"):
+        self.args = args
+        hidden = 32 if domain_of(args.env) == "toy" else 256
+        self.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, device=device)
+        self.policy = NoiseNetwork(state_dim, action_dim, hidden).to(device)
+        self.critics = QEnsemble(state_dim, action_dim, args.num_critics, hidden).to(device)
+        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
+        self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
+        options = dict(fused=True, capturable=torch.device(device).type == "cuda")
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr, **options)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=CRITIC_LR, **options)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured update counts too
+        self.functions = sample_actions, critic_loss, policy_loss
+        if args.compile:
+            self.functions = tuple(torch.compile(function) for function in self.functions)
+
+    PARTS = "policy", "critics", "policy_ema", "critics_target", "policy_optimizer", "critic_optimizer"
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"updates": self.updates}
+
+    def load_state_dict(self, state: dict):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.updates.copy_(state["updates"])
+
+    def actor(self, low, high) -> Actor:
+        return Actor(self.policy, self.critics_target, self.sde, low, high, self.args)
+
+
+METRICS = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
+
+
+def update(agent: Agent, batch: Batch, noise: Noise):
+    """One iteration of Algorithm 1, in place. Returns the METRICS (6,) without waiting for the device."""
+    args, sde, (B, S) = agent.args, agent.sde, batch.state.shape
+    sample_actions, critic_loss, policy_loss = agent.functions
+    # Ensemble-Q learning
+    C = noise.next_action.shape[1] // B
+    with torch.no_grad():
+        next_state = batch.next_state.expand(C, B, S).reshape(C * B, S)
+        next_action = sample_actions(agent.policy_ema, sde, next_state, noise.next_action, args.clip_denoised)
+    q_loss, q = critic_loss(agent.critics, agent.critics_target, batch, next_action.view(C, B, -1), args.pessimism)
+    descend(q_loss, agent.critics, agent.critic_optimizer, args.grad_norm)
+    # Diffusion policy learning, against the updated Q
+    q = q.detach()
+    pi_loss, l_diff, value, entropy = policy_loss(agent.policy, agent.critics, sde, batch, noise, q, args)
+    descend(pi_loss, agent.policy, agent.policy_optimizer, args.grad_norm)
+    # Target networks
+    due = (agent.updates >= POLICY_EMA_START) & (agent.updates % POLICY_EMA_EVERY == 0)
+    move(agent.policy_ema, agent.policy, due * POLICY_EMA_RATE)
+    move(agent.critics_target, agent.critics, TARGET_RATE)
+    agent.updates += 1
+    return torch.stack([q_loss.detach(), pi_loss.detach(), l_diff, q.mean(), value, entropy])
+
+
+def descend(loss, module: nn.Module, optimizer, grad_norm: float):
+    """One optimiser step on `loss`, the gradient of all of `module` clipped as one vector."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def move(target: nn.Module, source: nn.Module, rate):
+    """target <- target + rate (source - target), parameter by parameter. rate is a float or a tensor of no axes."""
+    for old, new in zip(target.parameters(), source.parameters()):
+        old.lerp_(new, rate if isinstance(rate, float) else rate.to(old.dtype))
+
+
+def empty_noise(args: Args, action_dim: int, device) -> Noise:
+    """The buffers that `draw` fills."""
+    B, T = args.batch_size, args.num_diffusion_steps
+    C = BACKUP_CANDIDATES if args.max_q_backup else 1
+    rows, t = torch.empty(2, B, dtype=torch.int64, device=device)
+    eps, a_T = torch.empty(2, B, action_dim, device=device)
+    return Noise(rows, t, eps, a_T, torch.empty(T, C * B, action_dim, device=device))
+
+
+def draw(noise: Noise, num_rows: int, generator: torch.Generator):
+    """Fills the buffers with fresh values, in place, so that a captured update reads them too."""
+    noise.rows.random_(0, num_rows, generator=generator)
+    noise.t.random_(1, len(noise.next_action) + 1, generator=generator)
+    for gaussian in (noise.eps, noise.a_T, noise.next_action):
+        gaussian.normal_(generator=generator)
+
+
+class Interrupt:
+    """Ctrl-C sets `stopped`, to be acted on between two updates or two environment steps; a second one ends at once."""
+
+    def __enter__(self):
+        self.stopped, self.previous = False, signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.stop)
+        return self
+
+    def stop(self, *_):
+        self.stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def replace_file(path: Path, write: Callable):
+    """`write`s a file beside `path`, then puts it in its place at once: a cut leaves the old one or the new one."""
+    part = path.with_name("." + path.name + ".part" + path.suffix)
+    write(part)
+    part.replace(path)
+
+
+# Settings that a resumed run may change: none of them changes what it learns.
+FREE = {"num_steps", "device", "compile", "run_dir", "resume", "checkpoint", "eval_only", "eval_every", "eval_episodes", "eval_candidates"}
+
+
+class RunFolder:
+    """A run's own folder. `rows` are the lines of metrics.csv, one an evaluation."""
+
+    COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "success", "length", *METRICS, "seconds"
+
+    def __init__(self, args: Args):
+        self.args, self.rows = args, []
+        self.path = Path(args.run_dir or f"runs/{args.env.replace('/', '-')}__{args.variant}__{args.seed}")
+
+    def load_checkpoint(self) -> dict:
+        path = self.path / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            theirs, ours = saved["args"], dataclasses.asdict(self.args)
+        except FileNotFoundError:
+            raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume") from None
+        except Exception as error:
+            raise UserError(f"{path} is damaged or cut short ({short(error)}): start anew with another --run-dir") from error
+        for name in ours.keys() - FREE:
+            if theirs.get(name) != ours[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{path} was made with {flag} {theirs.get(name)}, not {ours[name]}: give the same settings, or another --run-dir")
+        if saved["step"] > self.args.num_steps:
+            raise UserError(f"{path} is at update {saved['step']} already, past --num-steps {self.args.num_steps}")
+        self.rows = saved["rows"]
+        return saved
+
+    def create(self, about: dict):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", dataclasses.asdict(self.args) | about)
+            (self.path / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written ({short(error)}): name another with --run-dir") from error
+
+    def save(self, name: str, content: dict):
+        replace_file(self.path / name, lambda path: torch.save(content, path))
+
+    def write_json(self, name: str, content: dict):
+        replace_file(self.path / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+
+    def add(self, row: dict):
+        self.rows.append(row)
+
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        replace_file(self.path / "metrics.csv", write)
+
+    def finish(self, step: int):
+        best, final = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]
+        self.write_json("result.json", dict(final=final["score_mean"], best=best["score_mean"], best_step=best["step"], steps=step))
+        print(f"final score {final['score_mean']:.1f}, best {best['score_mean']:.1f} at update {best['step']}; see {self.path}")
+
+
+class Captured:
+    """A function as one CUDA graph: it runs three times as it is, is then captured, and from then on replayed.
+
+    Each call runs it once. It must read and write tensors in place and wait for nothing.
+    """
+
+    def __init__(self, function: Callable[[], None]):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 3:  # lazy initialisation must not be captured, and wants a stream of its own
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):
+                self.function()
+        self.graph.replay()
+
+
+def train(args: Args) -> int:
+    """Algorithm 1, and what a run leaves. Returns the exit status: 0, 1 if a loss diverged, 130 after Ctrl-C."""
+    folder = RunFolder(args)
+    saved = folder.load_checkpoint() if args.resume else None
+    if saved is None and folder.path.exists():
+        raise UserError(f"the run folder {folder.path} exists: --resume goes on with it, --run-dir names another")
+    if saved and (folder.path / "result.json").exists() and saved["step"] == args.num_steps:
+        print(f"{folder.path} is finished, with {args.num_steps} updates")
+        return 0
+    with quiet():
+        from torch.utils.tensorboard import SummaryWriter
+    task = open_task(args)
+    data = load_data(task, args)
+    (rows, state_dim), action_dim = data.state.shape, data.action.shape[1]
+    about = dict(dataset_id=task.dataset_id, transitions=rows, state_dim=state_dim, action_dim=action_dim)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    agent = Agent(state_dim, action_dim, args, args.device)
+    totals = torch.zeros(len(METRICS) + 1, device=args.device)  # sums and number of updates since the last evaluation
+    latest = torch.zeros(len(METRICS), device=args.device)
+    step, seconds = 0, 0.0
+    if saved:
+        if saved["about"] != about:
+            raise UserError(f"{folder.path}/checkpoint.pt belongs to {saved['about']}, not to {about}")
+        agent.load_state_dict(saved["agent"])
+        generator.set_state(saved["generator"])
+        totals.copy_(saved["totals"])
+        step, seconds = saved["step"], saved["seconds"]
+    folder.create(about | machine(args.device))
+    noise, envs = empty_noise(args, action_dim, args.device), make_envs(task, args.eval_episodes)
+    writer, started, first = SummaryWriter(str(folder.path), purge_step=step), time.monotonic() - seconds, step
+    policy = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
+    print(f"{args.env}: {rows} transitions of {task.dataset_id}, {args.variant} variant, on {machine(args.device)['device_name']}, into {folder.path}")
+
+    def learn():
+        latest.copy_(update(agent, Batch(*(column[noise.rows] for column in data)), noise))
+        totals.add_(F.pad(latest, (0, 1), value=1.0))
+
+    def save():
+        progress = dict(step=step, seconds=time.monotonic() - started, rows=folder.rows, totals=totals, generator=generator.get_state())
+        folder.save("checkpoint.pt", policy | progress | dict(agent=agent.state_dict()))
+
+    if args.device.startswith("cuda"):
+        learn = Captured(learn)
+    progress = tqdm(total=args.num_steps, initial=step, unit="update", disable=None)
+    with contextlib.closing(envs), contextlib.closing(writer), Interrupt() as interrupt, progress:
+        while True:
+            due = step > 0 and (step % args.eval_every == 0 or step == args.num_steps)
+            due = due and not (folder.rows and folder.rows[-1]["step"] == step)
+            if due or step % LOG_EVERY == 0 or interrupt.stopped:
+                if not totals.isfinite().all():  # this and the next line are the loop's only waits for the device
+                    return diverged(step, folder)
+                losses = dict(zip(METRICS, latest.tolist()))
+                for name, value in losses.items():
+                    writer.add_scalar(f"loss/{name}", value, step)
+                score = {"score": f"{folder.rows[-1]['score_mean']:.1f}"} if folder.rows else {}
+                progress.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | score)
+            if step == first + 2 * LOG_EVERY:
+                pace = LOG_EVERY / (time.monotonic() - mark)
+                left = datetime.timedelta(seconds=round((args.num_steps - step) / pace))
+                progress.write(f"{pace:.1f} updates a second: {left} to go, evaluations not counted")
+            if due:
+                result = evaluate(agent.actor(task.low, task.high), envs, args.eval_episodes, args.seed, lambda: interrupt.stopped)
+                if result is not None:
+                    means = (totals[:-1] / totals[-1]).tolist()
+                    row = dict(step=step, **summary(task, result), **dict(zip(METRICS, means)), seconds=round(time.monotonic() - started, 1))
+                    writer.add_scalar("score", row["score_mean"], step)
+                    progress.write(f"update {step}: {in_words(row)}")
+                    folder.add(row)
+                    totals.zero_()
+                    save()
+            if interrupt.stopped:
+                save()
+                print(f"stopped at update {step}: --resume goes on from there")
+                return 130
+            if step == args.num_steps:
+                break
+            if step == first + LOG_EVERY:
+                mark = time.monotonic()
+            draw(noise, rows, generator)
+            learn()
+            step += 1
+            progress.update()
+    trained = dict(policy=agent.policy.state_dict(), critics_target=agent.critics_target.state_dict())
+    folder.save("policy.pt", policy | dict(agent=trained))
+    draw_curve(folder, task, agent, data)
+    folder.finish(step)
+    return 0
+
+
+def diverged(step: int, folder: RunFolder) -> int:
+    path = folder.path / "checkpoint.pt"
+    good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
+    print(f"erdp: a loss became NaN or infinite at or before update {step}: {good}", file=sys.stderr)
+    return 1
+
+
+def draw_curve(folder: RunFolder, task: Task, agent: Agent, data: Batch):
+    """curve.png: score over updates; for the toy, the three panels of Figure 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = 3 if task.env == "toy" else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels + 1, 4), squeeze=False)
+    curve = axes[0, panels // 2]
+    steps, mean, std = (np.array([row[key] for row in folder.rows]) for key in ("step", "score_mean", "score_std"))
+    curve.plot(steps, mean)
+    curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
+    curve.set(xlabel="updates", ylabel="score (± deviation over episodes)", title=f"{task.env}, seed {agent.args.seed}")
+    if task.env == "toy":
+        x, (reward, _, value) = np.linspace(-2, 2, 401), axes[0]
+        reward.plot(x, ToyEnv.reward(x), label="reward")
+        reward.hist(data.next_state[:, 0].cpu().numpy(), 60, density=True, alpha=0.4, label="data density")
+        reward.set(xlabel="state", title="reward and data")
+        reward.legend()
+        action = torch.linspace(-1, 1, 201)[:, None]
+        with torch.no_grad():
+            q = agent.critics(torch.zeros(201, 2, device=data.action.device), action.to(data.action.device)).cpu()  # (M, 201)
+        mean, std = q.mean(0), q.std(0, correction=0)
+        value.plot(action, mean, label="mean of the ensemble")
+        value.fill_between(action[:, 0], mean - std, mean + std, alpha=0.2, label="± its deviation")
+        value.plot(action, lcb(q, agent.args.lcb_coef), label=f"LCB, beta = {agent.args.lcb_coef:g}")
+        value.set(xlabel="first action", title="Q at state 0")
+        value.legend()
+    figure.tight_layout()
+    replace_file(folder.path / "curve.png", figure.savefig)
+    plt.close(figure)
+
+
+def machine(device: str) -> dict:
+    """What config.json says of the machine."""
+    packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU ({torch.get_num_threads()} threads)"
+    return dict(device_name=name, versions=versions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. The command line
+# ---------------------------------------------------------------------------------------------------------------------
+def parse(argv: list[str]) -> Args:
+    """Settings from the command line over the row's preset. Raises UserError where they make no sense."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the row decides the defaults of all the rest
+    first.add_argument("--env", nargs="?")
+    first.add_argument("--dataset", nargs="?")
+    known, _ = first.parse_known_args(argv)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = tyro.cli(Args, args=argv, default=preset(known.env or known.dataset or "toy"), prog="erdp.py")
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
+        words = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)])
+        raise UserError(f"{words.rstrip('.')}: --help shows the settings") from None
+    least = dict(num_steps=1, batch_size=1, num_critics=1, num_diffusion_steps=2, eval_every=1, eval_episodes=1, eval_candidates=1)
+    least |= dict(seed=0, lcb_coef=0, entropy_coef=0, eta=0)
+    if args.variant == "released":
+        least["num_diffusion_steps"] = 3  # its entropy term uses the times 1, 2 and T
+    for name, bound in (least | dict(lr=None, grad_norm=None)).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if bound is None and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value} but must be positive")
+        if bound is not None and not bound <= value < math.inf:
+            raise UserError(f"{flag} is {value} but must be at least {bound}" + " with --variant released" * (bound == 3))
+    if args.checkpoint and not args.eval_only:
+        raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"--device {args.device} is unknown: give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device} is not supported: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {args.device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; give --device cpu")
+    return args
+
+
+def evaluate_only(args: Args) -> int:
+    """--eval-only: the score of a saved policy, with the settings that it was trained with."""
+    path = Path(args.checkpoint or RunFolder(args).path / "policy.pt")
+    actor = load_policy(path, args.device, args.eval_candidates)
+    task = open_task(args)
+    if actor.args.env != args.env:
+        raise UserError(f"{path} was trained on {actor.args.env}, not on {args.env}: give --env {actor.args.env}")
+    sizes, theirs = (task.state_dim, len(task.low)), (actor.about["state_dim"], actor.about["action_dim"])
+    if sizes != theirs:
+        raise UserError(f"{path} has observations and actions of sizes {theirs}, and {task.dataset_id} of sizes {sizes}")
+    with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
+        print(f"{path}: {in_words(summary(task, evaluate(actor, envs, args.eval_episodes, args.seed)))}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program and returns its exit status (`--help` raises SystemExit)."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return evaluate_only(args) if args.eval_only else train(args)
+    except UserError as error:
+        print(f"erdp: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
