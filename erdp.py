@@ -46,6 +46,7 @@ TARGET_RATE = 0.005  # of the Q targets, every step ("eta" in Algorithm 1, not t
 POLICY_EMA_RATE, POLICY_EMA_EVERY, POLICY_EMA_START = 0.005, 5, 1000
 CRITIC_LR = 3e-4  # in every domain; Table 4's learning rate is the policy's
 BACKUP_CANDIDATES = 10  # next actions of max Q-backup
+HIDDEN, TOY_HIDDEN = 256, 128  # width of every network
 LOG_EVERY = 100  # updates between two readings of the losses, the only waits for the device in the training loop
 
 
@@ -469,21 +470,18 @@ PATIENCE = 20  # seconds that a silent server is waited for
 
 @dataclasses.dataclass
 class Task:
-    """Where a policy is evaluated, and how its actions, observations and returns are to be read."""
+    """Where a policy is evaluated, and how its observations, actions and returns are to be read."""
 
-    env: str
-    data: object  # MinariDataset, path of an HDF5 file, or None for the toy
+    domain: str  # a key of PRESETS
+    data: object  # MinariDataset, Path of an HDF5 file, or None for the toy
     dataset_id: str
     spec: gym.envs.registration.EnvSpec
-    space: gym.Space  # of one observation
+    key: str | None  # the part of a Dict observation that the policy sees; None: all of it
+    space: gym.Space  # of what it sees
     low: np.ndarray  # (A,) action bounds
     high: np.ndarray
     ref_min: float  # returns of score 0 and 100
     ref_max: float
-
-    @property
-    def state_dim(self) -> int:
-        return gym.spaces.flatdim(self.space)
 
     def score(self, returns):
         """D4RL's normalised score."""
@@ -492,7 +490,7 @@ class Task:
 
 @contextlib.contextmanager
 def quiet():
-    """No warnings on the user's screen: gymnasium_robotics' import and every `-v4` environment print some."""
+    """Keeps off the screen what importing gymnasium_robotics and making a `-v4` environment print."""
     level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -502,16 +500,21 @@ def quiet():
         gym.logger.min_level = level
 
 
+def short(error: Exception) -> str:
+    """The first line of an exception's message, for errors of one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class ToyEnv(gym.Env):
-    """Figure 1: from 0, two steps in [-1, 1] along a line; each pays the reward at the state that it reaches."""
+    """Figure 1: from 0, two steps in [-1, 1] along a line; each pays the reward of the state that it reaches."""
 
     observation_space = gym.spaces.Box(-2, 2, (2,))  # (position, steps taken)
     action_space = gym.spaces.Box(-1, 1, (1,))
 
     @staticmethod
     def reward(x):
-        """A mixture of Gaussians: a low, broad hill on the left, a narrow high one out of the data's way on the right."""
-        return 0.4 * np.exp(-0.5 * ((x + 0.8) / 0.4) ** 2) + np.exp(-0.5 * ((x - 1.2) / 0.4) ** 2)
+        """A mixture of Gaussians: a low hill on the left, where most of the data is, and a high one on the right."""
+        return 1.2 * np.exp(-0.5 * ((x + 0.8) / 0.4) ** 2) + 3 * np.exp(-0.5 * ((x - 1.2) / 0.4) ** 2)
 
     @classmethod
     def best_return(cls) -> float:
@@ -520,26 +523,27 @@ class ToyEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         self.state = np.zeros(2, np.float32)
-        return self.state.copy(), {}
+        return self.state, {}
 
     def step(self, action):
-        self.state = self.state + np.array([float(action[0]), 1], np.float32)
-        return self.state.copy(), float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
+        self.state = self.state + np.array([action[0], 1], np.float32)
+        return self.state, float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
 
 
 def toy_data(seed: int, episodes: int = 512) -> Batch:
     """Unbalanced two-step episodes: four in five drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
     drift = np.where(rng.random((episodes, 1)) < 0.8, -0.3, 0.5)
-    action = np.clip(rng.normal(drift, 0.4, (episodes, 2)), -1, 1)
+    action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
     position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
     state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
-    terminal = np.broadcast_to([0.0, 1.0], (episodes, 2))
-    return Batch(state[:, :2].reshape(-1, 2), action.reshape(-1, 1), ToyEnv.reward(position[:, 1:]).ravel(), state[:, 1:].reshape(-1, 2), terminal.ravel())
+    reward, terminal = ToyEnv.reward(position[:, 1:]), np.broadcast_to([0.0, 1.0], (episodes, 2))
+    before, after = state[:, :2].reshape(-1, 2), state[:, 1:].reshape(-1, 2)
+    return Batch(before, action.reshape(-1, 1), reward.ravel(), after, terminal.ravel())
 
 
 def shapes(space: gym.Space) -> str:
-    """A space in words, for comparison: 'achieved_goal (2,), observation (27,)'."""
+    """An observation space in words, to be compared: 'achieved_goal (2,), observation (27,)'."""
     if isinstance(space, gym.spaces.Dict):
         return ", ".join(f"{key} {shapes(part)}" for key, part in space.items())
     if not isinstance(space, gym.spaces.Box):
@@ -555,12 +559,14 @@ def flatten(space: gym.Space, observations) -> np.ndarray:
 
 
 def open_minari(dataset_id: str):
-    """The Minari data set of that id, its newest version if the id has none: installed, else downloaded."""
+    """The Minari data set of that id, or its newest version where the id has none: the installed one, else downloaded."""
     with quiet():
         import minari
-    if not re.fullmatch(r"([-\w]+/)*[-\w]+", dataset_id):
+    match = re.fullmatch(r"((?:[-\w]+/)*[-\w]+?)(?:-v(\d+))?", dataset_id)
+    if not match:
         raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/antmaze/umaze-v1")
-    name, version = re.fullmatch(r"(.*?)(?:-v(\d+))?", dataset_id).groups()
+    name, version = match.groups()
+    command = f"minari download {dataset_id if version else name + '-v1'}"
 
     def newest(ids):
         ids = [i for i in ids if (i == dataset_id if version else re.fullmatch(re.escape(name) + r"-v\d+", i))]
@@ -572,247 +578,228 @@ def open_minari(dataset_id: str):
             if found:
                 return minari.load_dataset(found)
     except Exception as error:  # whatever Minari meets in a damaged folder
-        raise UserError(f"Minari data set {dataset_id} cannot be read ({short(error)}): delete it and download it again") from error
-    folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
-    command = f"run `minari download {dataset_id if version else name + '-v<N>'}` where there is a network, or set MINARI_DATASETS_PATH (now {folder})"
-    answer = {}
+        raise UserError(f"{dataset_id} cannot be read ({short(error)}): delete it and run `{command}`") from error
+    answer = {"error": f"no answer in {PATIENCE} s"}
 
     def ask():
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 answer["ids"] = list(minari.list_remote_datasets(prefix=name, compatible_minari_version=True))
         except Exception as error:
             answer["error"] = short(error)
 
-    asking = threading.Thread(target=ask, daemon=True)  # Minari has no time limit of its own
+    asking = threading.Thread(target=ask, daemon=True)  # Minari itself would wait for ever
     asking.start()
     asking.join(PATIENCE)
-    if "ids" not in answer:
-        reason = answer.get("error", f"no answer in {PATIENCE} s")
-        raise UserError(f"Minari data set {dataset_id} is not installed and cannot be downloaded ({reason}): {command}")
-    found = newest(answer["ids"])
-    if found is None:
-        raise UserError(f"Minari data set {dataset_id} is neither installed nor on the server: `minari list remote` shows what is")
+    folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
     try:
+        found = newest(answer["ids"])
+        if found is None:
+            raise UserError(f"{dataset_id} is neither in {folder} nor on the server: `minari list remote` shows what is")
         minari.download_dataset(found)
         return minari.load_dataset(found)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"Minari data set {found} could not be downloaded ({short(error)}): {command}") from error
+        why = answer["error"] if "ids" not in answer else short(error)
+        raise UserError(f"{dataset_id} cannot be downloaded ({why}): run `{command}` later, or copy it to {folder}") from error
 
 
-def short(error: Exception) -> str:
-    """The first line of an exception's message, for one-sentence errors."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def open_hdf5(path: Path, row: Row | None) -> Path:
-    """`path`; the row's file is downloaded from D4RL's server if it is not there."""
-    if path.exists():
+def open_hdf5(path: Path, url: str | None) -> Path:
+    """`path`, downloaded from `url` if it is not there."""
+    if path.exists() or url is None:
         return path
-    if row is None:
-        raise UserError(f"--dataset {path} does not exist")
-    url, part = D4RL_SERVER + row.dataset, path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=PATIENCE) as source, open(part, "wb") as file:
             size = int(source.headers["Content-Length"])
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
                 while chunk := source.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
+                    bar.update(file.write(chunk))
             if file.tell() != size:
-                raise OSError(f"only {file.tell()} of {size} bytes came")
+                raise OSError(f"{file.tell()} of {size} bytes came")
         part.replace(path)
-    except (OSError, urllib.error.URLError, TypeError) as error:
+    except (OSError, TypeError) as error:  # TypeError: a server that does not say how long the file is
         part.unlink(missing_ok=True)
-        raise UserError(f"{url} cannot be downloaded ({short(error)}): fetch it by other means and save it as {path}") from error
+        raise UserError(f"{url} cannot be downloaded ({short(error)}): fetch it later and save it as {path}") from error
     return path
 
 
 def open_task(args: Args) -> Task:
-    """The task that `args.env` and `args.dataset` name: its environment and the way to its data, which is not read yet."""
-    row = ROWS.get(args.env)
+    """The task that --env and --dataset name: its environment, and the way to its data, which is not read yet."""
+    row, domain = ROWS.get(args.env), domain_of(args.env)
     if args.env == "toy":
         if args.dataset:
-            raise UserError(f"--dataset {args.dataset} needs --env: the toy task makes its own data")
-        spec = gym.envs.registration.EnvSpec("ERDP-Toy-v0", entry_point=ToyEnv)
-        return Task("toy", None, "toy", spec, ToyEnv.observation_space, ToyEnv.action_space.low, ToyEnv.action_space.high, 0.0, ToyEnv.best_return())
+            raise UserError(f"--dataset {args.dataset} does not go with --env toy, which makes its own data")
+        spec, space, actions = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv), ToyEnv.observation_space, ToyEnv.action_space
+        return Task(domain, None, "toy", spec, None, space, actions.low, actions.high, 0.0, ToyEnv.best_return())
     if row is None and args.env != args.dataset:
-        near = difflib.get_close_matches(args.env, ["toy", *ROWS], 3, 0.3)
-        raise UserError(f"--env {args.env} is not a row of the paper's tables: did you mean {' or '.join(near) or 'one of ' + ', '.join(ROWS)}?")
-    path = args.dataset or (row.dataset if row else "")
+        near = difflib.get_close_matches(args.env, ["toy", *ROWS], 3, 0)
+        raise UserError(f"--env {args.env} is neither toy nor a row of the paper's tables: the nearest are {', '.join(near)}")
     with quiet():
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
-    if path.endswith((".hdf5", ".h5")):
+    source = args.dataset or row.dataset
+    if source.endswith((".hdf5", ".h5")):
         if row is None or row.env_id is None:
-            raise UserError(f"--dataset {path} is an HDF5 file, which has no environment: name a Gym row with --env, such as hopper-medium-v2")
-        if args.dataset is None:
-            path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / path
-        data = open_hdf5(Path(path), None if args.dataset else row)
-        dataset_id, ref = str(args.dataset or path), (row.ref_min, row.ref_max)
-        with quiet():
-            env = gym.make(row.env_id)
+            raise UserError(f"--dataset {source} has no environment of its own: name a Gym row such as --env hopper-medium-v2")
+        folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+        data = open_hdf5(Path(source), None) if args.dataset else open_hdf5(folder / source, D4RL_SERVER + source)
+        dataset_id, env_id, theirs = str(data), row.env_id, {}
     else:
-        data = open_minari(path)
-        dataset_id, metadata = data.spec.dataset_id, data.storage.metadata
-        ref = (row.ref_min, row.ref_max) if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
-        if None in ref:
-            print(f"{dataset_id} has no reference scores: its score is the return")
-            ref = (0.0, 100.0)
+        data = open_minari(source)
+        dataset_id, env_id, theirs = data.spec.dataset_id, row and row.env_id, data.storage.metadata
         if not isinstance(data.spec.action_space, gym.spaces.Box):
-            raise UserError(f"{dataset_id} has the action space {data.spec.action_space}: actions must be continuous (a Box)")
-        try:
-            with quiet():
-                env = gym.make(row.env_id) if row and row.env_id else data.recover_environment(eval_env=True)
-                if domain_of(args.env) == "antmaze":
-                    maze = evaluation_maze(data, env.spec.kwargs["maze_map"])
-                    env = gym.make(env.spec, continuing_task=False, maze_map=maze)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"the evaluation environment of {dataset_id} cannot be made ({short(error)})") from error
-    spec, space, actions = env.spec, env.observation_space, env.action_space
-    env.close()
+            raise UserError(f"{dataset_id} has the actions {data.spec.action_space}: they must be continuous (a Box)")
+    try:
+        with quiet():
+            env = gym.make(env_id) if env_id else data.recover_environment(eval_env=True)
+            if domain == "antmaze":
+                maze = evaluation_maze(data, env.spec.kwargs["maze_map"])
+                env = gym.make(env.spec, continuing_task=False, maze_map=maze)
+            env.close()
+    except UserError:
+        raise
+    except Exception as error:  # whatever an environment of any package does
+        raise UserError(f"the evaluation environment of {dataset_id} cannot be made ({short(error)})") from error
+    space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Box) or not actions.is_bounded():
-        raise UserError(f"{spec.id} has the action space {actions}: actions must be a bounded Box")
-    if not isinstance(data, Path):
-        theirs = data.spec.observation_space
-        if shapes(theirs) != shapes(space):
-            raise UserError(f"data set {dataset_id} and environment {spec.id} differ: observations {shapes(theirs)} against {shapes(space)}")
-        theirs = data.spec.action_space
-        if theirs.shape != actions.shape or not (np.allclose(theirs.low, actions.low) and np.allclose(theirs.high, actions.high)):
-            raise UserError(f"data set {dataset_id} and environment {spec.id} differ: actions {theirs} against {actions}")
-    if domain_of(args.env) == "kitchen":
-        space = space["observation"]
-    bounds = actions.low.astype(np.float64).ravel(), actions.high.astype(np.float64).ravel()
-    return Task(args.env, data, dataset_id, spec, space, *bounds, *ref)
+        raise UserError(f"{env.spec.id} has the actions {actions}: they must be a bounded Box")
+    if theirs:
+        ours, other = (shapes(space), actions), (shapes(data.spec.observation_space), data.spec.action_space)
+        bounds = [np.stack([np.broadcast_to(b.low, b.shape), b.high]) for b in (ours[1], other[1])]
+        if ours[0] != other[0] or bounds[0].shape != bounds[1].shape or not np.allclose(*bounds):
+            raise UserError(f"{dataset_id} and its environment {env.spec.id} differ: {other} against {ours}")
+    key = "observation" if domain == "kitchen" else None
+    ref = (row.ref_min, row.ref_max) if row else (theirs.get("ref_min_score"), theirs.get("ref_max_score"))
+    if None in ref:
+        print(f"{dataset_id} has no reference scores: its score is the return")
+        ref = (0.0, 100.0)
+    low, high = actions.low.ravel().astype(float), actions.high.ravel().astype(float)
+    return Task(domain, data, dataset_id, env.spec, key, space[key] if key else space, low, high, *ref)
 
 
 def evaluation_maze(data, maze: list) -> list:
     """The maze to evaluate in: `maze`, mirrored if the data was collected between mirrored walls (Minari issue 304)."""
-    collected = data.env_spec.kwargs.get("maze_map", gym.spec(data.env_spec.id).kwargs["maze_map"])
 
     def walls(maze):
         return [[cell == 1 for cell in line] for line in maze]
 
-    if walls(maze) == walls(collected):
+    collected = walls(data.env_spec.kwargs.get("maze_map") or gym.spec(data.env_spec.id).kwargs["maze_map"])
+    if walls(maze) == collected:
         return maze
     for mirrored in ([line[::-1] for line in maze], maze[::-1]):
-        if walls(mirrored) == walls(collected):
-            print(f"{data.spec.dataset_id}: the evaluation maze is mirrored, to match the walls that the data was collected in")
+        if walls(mirrored) == collected:
+            print(f"{data.spec.dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
             return mirrored
-    raise UserError(f"{data.spec.dataset_id} was collected in another maze than its evaluation environment's: scores there would mean nothing")
+    raise UserError(f"{data.spec.dataset_id} was collected in another maze than its evaluation environment's")
 
 
 def load_minari(task: Task) -> Batch:
     """All transitions of a Minari data set. AntMaze is read as D4RL meant it: an episode ends, terminal, at the goal."""
-    parts, key = [], domain_of(task.env) == "kitchen"
+    parts = []
     for episode in task.data.iterate_episodes():
-        observations = flatten(task.space, episode.observations["observation"] if key else episode.observations)
-        rewards, terminal = np.asarray(episode.rewards, np.float64), np.array(episode.terminations, np.float32)
-        n = len(rewards)
-        if not (len(observations) == n + 1 == len(episode.actions) + 1 == len(terminal) + 1):
-            raise UserError(f"{task.dataset_id}: episode {episode.id} has {len(observations)} observations, {len(episode.actions)} actions and {n} rewards")
-        if domain_of(task.env) == "antmaze" and (rewards > 0).any():
-            n = int(np.argmax(rewards > 0)) + 1
+        state = flatten(task.space, episode.observations[task.key] if task.key else episode.observations)
+        action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, np.float64)
+        terminal, n = np.array(episode.terminations, np.float32), len(reward)
+        if not len(state) - 1 == len(action) == len(terminal) == n:
+            lengths = f"{len(state)} observations, {len(action)} actions, {n} rewards, {len(terminal)} terminations"
+            raise UserError(f"{task.dataset_id} has arrays of unequal length: episode {episode.id} has {lengths}")
+        if task.domain == "antmaze" and (reward > 0).any():
+            n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
-        actions = np.asarray(episode.actions, np.float32).reshape(len(rewards), -1)
-        parts.append((observations[:n], actions[:n], rewards[:n], observations[1 : n + 1], terminal[:n]))
-    if not parts:
-        raise UserError(f"{task.dataset_id} is empty")
-    return Batch(*map(np.concatenate, zip(*parts)))
+        parts.append((state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+    return Batch(*map(np.concatenate, zip(*parts))) if parts else Batch(*[np.empty(0)] * 5)
 
 
 def load_hdf5(task: Task) -> Batch:
     """All transitions of a D4RL file, paired as D4RL does: row i with row i + 1, but for timeouts and the last row."""
     import h5py
 
+    keys = "observations", "actions", "rewards", "terminals", "timeouts"
     try:
         with h5py.File(task.data) as file:
-            missing = {"observations", "actions", "rewards", "terminals", "timeouts"} - set(file)
-            if missing:
-                raise UserError(f"{task.data} lacks {', '.join(sorted(missing))}, which D4RL's files have")
-            rows = {key: file[key][()] for key in ("observations", "actions", "rewards", "terminals", "timeouts")}
-    except (OSError, RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{task.data} cannot be read as HDF5, it may be cut short: delete it and fetch it again ({short(error)})") from error
-    if len({len(np.atleast_1d(rows[key])) for key in rows}) != 1:
-        raise UserError(f"{task.data} has arrays of unequal length: " + ", ".join(f"{key} {np.shape(rows[key])}" for key in rows))
-    for key, width in dict(observations=task.state_dim, actions=len(task.low)).items():
-        if np.ndim(rows[key]) != 2 or rows[key].shape[1] != width:
-            raise UserError(f"{task.data} and environment {task.spec.id} differ: {key} {np.shape(rows[key])[1:]} against ({width},)")
+            rows = {key: file[key][()] for key in keys if key in file}
+    except FileNotFoundError:
+        raise UserError(f"--dataset {task.data} does not exist") from None
+    except (OSError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{task.data} is not a whole HDF5 file ({short(error)}): delete it and fetch it again") from error
+    if len(rows) < len(keys):
+        raise UserError(f"{task.data} lacks {', '.join(set(keys) - set(rows))}, which D4RL's files have")
+    found = {key: np.shape(values) for key, values in rows.items()}
+    n = len(rows["rewards"]) if found["rewards"] else 0
+    wanted = dict.fromkeys(keys, (n,)) | dict(observations=(n, gym.spaces.flatdim(task.space)), actions=(n, len(task.low)))
+    if found != wanted:
+        raise UserError(f"{task.data} does not fit {task.spec.id}: its arrays are {found}, expected {wanted}")
     keep = ~rows["timeouts"][:-1].astype(bool)
-    state = rows["observations"]
-    return Batch(*(x[keep] for x in (state[:-1], rows["actions"][:-1], rows["rewards"][:-1], state[1:], rows["terminals"][:-1])))
+    state, action, reward, terminal = (rows[key] for key in keys[:-1])
+    return Batch(*(x[keep] for x in (state[:-1], action[:-1], reward[:-1], state[1:], terminal[:-1])))
 
 
 def load_data(task: Task, args: Args) -> Batch:
-    """The data set as float32 tensors on the device, actions scaled to [-1, 1], rewards as the domain has them."""
-    if task.data is None:
-        data = toy_data(args.seed)
-    else:
-        data = load_hdf5(task) if isinstance(task.data, Path) else load_minari(task)
+    """The data set as float32 tensors on the device: actions scaled to [-1, 1], rewards as the domain has them."""
+    read = toy_data if task.data is None else load_hdf5 if isinstance(task.data, Path) else load_minari
+    data = read(args.seed if task.data is None else task)
     if len(data.reward) == 0:
-        raise UserError(f"{task.dataset_id} is empty")
+        raise UserError(f"{task.dataset_id} is empty: it holds no transition")
     for name, values in data._asdict().items():
         if not np.isfinite(values).all():
-            raise UserError(f"{task.dataset_id} has NaN or infinity in its {name}s")
+            raise UserError(f"{task.dataset_id} has NaN or infinity among its {name} values")
     action = 2 * (data.action - task.low) / (task.high - task.low) - 1
-    worst = float(np.abs(action).max())
-    if worst > 1 + 1e-3:
-        raise UserError(f"{task.dataset_id} has actions outside their bounds: {worst:.4g} where the bounds are scaled to -1 and 1")
+    if np.abs(action).max() > 1 + 1e-3:
+        raise UserError(f"{task.dataset_id} has actions outside their bounds: {np.abs(action).max():.4g} where the bounds are ±1")
     reward = data.reward
-    if domain_of(task.env) == "antmaze":
+    if task.domain == "antmaze":
         reward = 4 * (reward - 0.5)
-    elif domain_of(task.env) == "adroit":
-        reward = (reward - reward.mean()) / (reward.std() or 1.0)
+    elif task.domain == "adroit":
+        reward = (reward - reward.mean()) / (reward.std() or 1)
     data = data._replace(action=action.clip(-1, 1), reward=reward)
-    return Batch(*(torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32), device=args.device) for x in data))
+    return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Acting and evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 class Actor:
-    """The policy as it acts: of `candidates` samples, one drawn by softmax over the target ensemble's pessimistic value."""
+    """The policy as it acts: of `args.eval_candidates` samples, one drawn by softmax over their pessimistic value."""
 
     def __init__(self, policy, critics, sde, low, high, args: Args):
         self.policy, self.critics, self.sde, self.args = policy, critics, sde, args
         self.low, self.high = np.asarray(low), np.asarray(high)
-        self.noise_shape = (sde.num_steps, args.eval_candidates, len(self.low))
+        self.sizes = critics.weights[0].shape[1] - len(self.low), len(self.low)  # of states and actions
 
     @torch.no_grad()
     def __call__(self, state, streams=None) -> np.ndarray:
-        """States (N, S) -> actions (N, A) within the environment's bounds; state n draws from NumPy generator streams[n]."""
+        """States (N, S) -> actions (N, A) in the environment's bounds; state n draws from NumPy generator streams[n]."""
         streams = streams or [np.random.default_rng() for _ in state]
-        args, N, (T, C, A) = self.args, len(state), self.noise_shape
-        device = self.sde.theta_bar.device
-        noise = np.stack([rng.standard_normal(self.noise_shape, np.float32) for rng in streams], 1)  # (T, N, C, A)
-        state = torch.as_tensor(np.asarray(state, np.float32), device=device).repeat_interleave(C, 0)  # (N * C, S)
+        args, device, N = self.args, self.sde.theta_bar.device, len(state)
+        shape = T, C, A = self.sde.num_steps, args.eval_candidates, len(self.low)
+        noise = np.stack([stream.standard_normal(shape, np.float32) for stream in streams], 1)  # (T, N, C, A)
         noise = torch.as_tensor(noise, device=device).view(T, N * C, A)
-        action = sample_actions(self.policy, self.sde, state, noise, args.clip_denoised).view(N, C, A)
+        state = torch.as_tensor(np.asarray(state, np.float32), device=device).repeat_interleave(C, 0)  # (N * C, S)
+        action = sample_actions(self.policy, self.sde, state, noise, args.clip_denoised)
         if C > 1:
-            value = pessimistic_value(self.critics(state, action.view(N * C, A)), args.pessimism, args.lcb_coef, args.variant)
-            below = value.view(N, C).double().softmax(-1).cumsum(-1)  # (N, C)
-            u = torch.tensor([[rng.random()] for rng in streams], dtype=torch.float64, device=device)
-            choice = torch.searchsorted(below, u * below[:, -1:], right=True).clamp(max=C - 1)  # (N, 1)
-            action = action.take_along_dim(choice[..., None], 1)
-        action = (action[:, 0].double().cpu().numpy() + 1) / 2 * (self.high - self.low) + self.low
+            value = pessimistic_value(self.critics(state, action), args.pessimism, args.lcb_coef, args.variant)
+            below = value.view(N, C).double().softmax(-1).cumsum(-1)
+            u = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=device)
+            chosen = torch.searchsorted(below, u * below[:, -1:], right=True).clamp(max=C - 1)  # (N, 1)
+            action = action.view(N, C, A).take_along_dim(chosen[..., None], 1)[:, 0]
+        action = self.low + (action.double().cpu().numpy() + 1) / 2 * (self.high - self.low)
         return np.clip(action, self.low, self.high)
 
 
 def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
-    """The Actor of a run's policy.pt (or checkpoint.pt). Raises UserError where the file is not one, whole."""
+    """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        args, sizes = Args(**saved["args"]), (saved["about"]["state_dim"], saved["about"]["action_dim"])
-        args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
-        agent = Agent(*sizes, args, device)
+        args = dataclasses.replace(Args(**saved["args"]), compile=False)
+        args.eval_candidates = candidates or args.eval_candidates
+        agent = Agent(saved["about"]["state_dim"], saved["about"]["action_dim"], args, device)
         agent.policy.load_state_dict(saved["agent"]["policy"])
         agent.critics_target.load_state_dict(saved["agent"]["critics_target"])
-    except Exception as error:
+    except Exception as error:  # torch.load raises many
         raise UserError(f"{path} is not a whole policy or checkpoint of this program ({short(error)})") from error
     return agent.actor(saved["low"], saved["high"])
 
@@ -820,68 +807,63 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
 class Episode(gym.Wrapper):
     """One episode of flat observations. Once it has ended, as `info` says, it stands still until the next reset."""
 
-    def __init__(self, env, space, key):
+    def __init__(self, env, task: Task):
         super().__init__(env)
-        self.key, self.space = key, space
-        self.observation_space = gym.spaces.flatten_space(space)
+        self.task, self.observation_space = task, gym.spaces.flatten_space(task.space)
 
-    def read(self, observation):
-        return gym.spaces.flatten(self.space, observation[self.key] if self.key else observation)
+    def flat(self, observation):
+        return gym.spaces.flatten(self.task.space, observation[self.task.key] if self.task.key else observation)
 
     def reset(self, **kwargs):
-        observation, _ = self.env.reset(**kwargs)
-        self.last, self.ended = self.read(observation), False
+        self.last, self.ended = self.flat(self.env.reset(**kwargs)[0]), False
         return self.last, {}
 
     def step(self, action):
-        if self.ended:
-            return self.last, 0.0, False, False, {"ended": True}
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self.last, self.ended = self.read(observation), terminated or truncated
-        success = float(info["success"]) if "success" in info else np.nan
-        return self.last, reward, False, False, {"ended": self.ended, "success": success}
+        reward, info = 0.0, {}
+        if not self.ended:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            self.last, self.ended = self.flat(observation), terminated or truncated
+        return self.last, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
 
 
-def make_envs(task: Task, episodes: int, num_envs: int | None = None):
+def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
     """Environments that step together in worker processes, by default two a core and at most one an episode."""
-    key = "observation" if domain_of(task.env) == "kitchen" else None
 
     def make():
         if multiprocessing.parent_process():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
         with quiet():
-            return Episode(gym.make(task.spec, disable_env_checker=True), task.space, key)
+            return Episode(gym.make(task.spec, disable_env_checker=True), task)
 
-    makers = [make] * min(episodes, num_envs or 2 * (os.cpu_count() or 1))
-    if task.env == "toy":
+    makers = [make] * min(episodes, num_envs or 2 * os.cpu_count())
+    if task.domain == "toy":
         return gym.vector.SyncVectorEnv(makers)
-    with quiet():  # fork where it is safe: a worker starts at once and never touches the GPU
+    with quiet():  # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
         return gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
 
 
 def evaluate(actor: Actor, envs, episodes: int, seed: int, stopped=lambda: False) -> dict | None:
     """Plays `episodes` episodes: arrays return, success (NaN where the environment has none) and length; None if stopped.
 
-    Episode e has its own seed and random stream, whichever environment plays it, so that neither their number nor
-    anything in training changes the result.
+    Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
+    nor anything in training changes the result.
     """
     K = envs.num_envs
-    result = dict(returns=np.zeros(episodes), success=np.full(episodes, np.nan), length=np.zeros(episodes, int))
-    playing, following = np.arange(K), K  # the episode that each environment plays, and the next one in line
-    alive = playing < episodes
-    seeds = [int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in range(max(K, episodes))]
-    streams = [np.random.default_rng((seed, e)) for e in range(max(K, episodes))]
+    returns, success, length = np.zeros(episodes), np.full(episodes, np.nan), np.zeros(episodes)
+    seeds = [int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in range(episodes)]
+    streams = [np.random.default_rng((seed, e)) for e in range(episodes)]
+    playing, following = np.arange(K) % episodes, K  # the episode that each environment plays, and the next in line
+    alive, actions = np.arange(K) < episodes, np.tile(actor.low, (K, 1))
     state, _ = envs.reset(seed=[seeds[e] for e in playing])
-    actions = np.tile(actor.low, (K, 1))
     while alive.any():
         if stopped():
             return None
-        actions[alive] = actor(state[alive], [streams[e] for e in playing[alive]])
-        state, reward, _, _, info = envs.step(actions)
         now = playing[alive]
-        result["returns"][now] += reward[alive]
-        result["length"][now] += 1
-        result["success"][now] = np.fmax(result["success"][now], info["success"][alive])
+        actions[alive] = actor(state[alive], [streams[e] for e in now])
+        state, reward, _, _, info = envs.step(actions)
+        returns[now] += reward[alive]
+        length[now] += 1
+        success[now] = np.fmax(success[now], info["success"][alive])
         fresh = np.zeros(K, bool)
         for k in np.flatnonzero(alive & info["ended"]):
             alive[k] = fresh[k] = following < episodes
@@ -889,25 +871,21 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stopped=lambda: False
                 playing[k], following = following, following + 1
         if fresh.any():
             state, _ = envs.reset(seed=[seeds[e] for e in playing], options={"reset_mask": fresh})
-    return result
+    return {"return": returns, "success": success, "length": length}
 
 
 def summary(task: Task, result: dict) -> dict:
-    """Mean and standard deviation over episodes of return and score, success rate and mean length."""
-    score = task.score(result["returns"])
-    return dict(
-        return_mean=float(result["returns"].mean()),
-        return_std=float(result["returns"].std()),
-        score_mean=float(score.mean()),
-        score_std=float(score.std()),
-        success=None if np.isnan(result["success"]).all() else float(result["success"].mean()),
-        length=float(result["length"].mean()),
-    )
+    """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
+    measures = {"return": result["return"], "score": task.score(result["return"])}
+    row = {f"{name}_{f}": float(getattr(values, f)()) for name, values in measures.items() for f in ("mean", "std")}
+    success = None if np.isnan(result["success"]).all() else float(result["success"].mean())
+    return row | dict(success=success, length=float(result["length"].mean()))
 
 
 def in_words(row: dict) -> str:
     success = "" if row["success"] is None else f", success {row['success']:.0%}"
-    return f"score {row['score_mean']:.1f} ± {row['score_std']:.1f}, return {row['return_mean']:.2f} ± {row['return_std']:.2f}{success}, length {row['length']:.0f}"
+    means = "score {score_mean:.1f} ± {score_std:.1f}, return {return_mean:.2f} ± {return_std:.2f}, length {length:.0f}"
+    return means.format(**row) + success
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -916,9 +894,11 @@ def in_words(row: dict) -> str:
 class Agent:
     """What Algorithm 1 updates: the policy pi_phi and its EMA, the ensemble Q_psi and its targets, and two optimisers."""
 
+    PARTS = "policy", "critics", "policy_ema", "critics_target", "policy_optimizer", "critic_optimizer"
+
     def __init__(self, state_dim: int, action_dim: int, args: Args, device="cpu"):
         self.args = args
-        hidden = 32 if domain_of(args.env) == "toy" else 256
+        hidden = TOY_HIDDEN if args.env == "toy" else HIDDEN
         self.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, device=device)
         self.policy = NoiseNetwork(state_dim, action_dim, hidden).to(device)
         self.critics = QEnsemble(state_dim, action_dim, args.num_critics, hidden).to(device)
@@ -932,14 +912,14 @@ class Agent:
         if args.compile:
             self.functions = tuple(torch.compile(function) for function in self.functions)
 
-    PARTS = "policy", "critics", "policy_ema", "critics_target", "policy_optimizer", "critic_optimizer"
-
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"updates": self.updates}
 
     def load_state_dict(self, state: dict):
         for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            part = getattr(self, name)
+            groups = {"param_groups": part.state_dict()["param_groups"]} if "optimizer" in name else {}
+            part.load_state_dict(state[name] | groups)  # `capturable` is this device's, not the checkpoint's
         self.updates.copy_(state["updates"])
 
     def actor(self, low, high) -> Actor:
@@ -989,8 +969,7 @@ def move(target: nn.Module, source: nn.Module, rate):
 
 def empty_noise(args: Args, action_dim: int, device) -> Noise:
     """The buffers that `draw` fills."""
-    B, T = args.batch_size, args.num_diffusion_steps
-    C = BACKUP_CANDIDATES if args.max_q_backup else 1
+    B, T, C = args.batch_size, args.num_diffusion_steps, BACKUP_CANDIDATES if args.max_q_backup else 1
     rows, t = torch.empty(2, B, dtype=torch.int64, device=device)
     eps, a_T = torch.empty(2, B, action_dim, device=device)
     return Noise(rows, t, eps, a_T, torch.empty(T, C * B, action_dim, device=device))
@@ -1004,97 +983,10 @@ def draw(noise: Noise, num_rows: int, generator: torch.Generator):
         gaussian.normal_(generator=generator)
 
 
-class Interrupt:
-    """Ctrl-C sets `stopped`, to be acted on between two updates or two environment steps; a second one ends at once."""
-
-    def __enter__(self):
-        self.stopped, self.previous = False, signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.stop)
-        return self
-
-    def stop(self, *_):
-        self.stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.previous)
-
-
-def replace_file(path: Path, write: Callable):
-    """`write`s a file beside `path`, then puts it in its place at once: a cut leaves the old one or the new one."""
-    part = path.with_name("." + path.name + ".part" + path.suffix)
-    write(part)
-    part.replace(path)
-
-
-# Settings that a resumed run may change: none of them changes what it learns.
-FREE = {"num_steps", "device", "compile", "run_dir", "resume", "checkpoint", "eval_only", "eval_every", "eval_episodes", "eval_candidates"}
-
-
-class RunFolder:
-    """A run's own folder. `rows` are the lines of metrics.csv, one an evaluation."""
-
-    COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "success", "length", *METRICS, "seconds"
-
-    def __init__(self, args: Args):
-        self.args, self.rows = args, []
-        self.path = Path(args.run_dir or f"runs/{args.env.replace('/', '-')}__{args.variant}__{args.seed}")
-
-    def load_checkpoint(self) -> dict:
-        path = self.path / "checkpoint.pt"
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, ours = saved["args"], dataclasses.asdict(self.args)
-        except FileNotFoundError:
-            raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume") from None
-        except Exception as error:
-            raise UserError(f"{path} is damaged or cut short ({short(error)}): start anew with another --run-dir") from error
-        for name in ours.keys() - FREE:
-            if theirs.get(name) != ours[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{path} was made with {flag} {theirs.get(name)}, not {ours[name]}: give the same settings, or another --run-dir")
-        if saved["step"] > self.args.num_steps:
-            raise UserError(f"{path} is at update {saved['step']} already, past --num-steps {self.args.num_steps}")
-        self.rows = saved["rows"]
-        return saved
-
-    def create(self, about: dict):
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", dataclasses.asdict(self.args) | about)
-            (self.path / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
-        except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be written ({short(error)}): name another with --run-dir") from error
-
-    def save(self, name: str, content: dict):
-        replace_file(self.path / name, lambda path: torch.save(content, path))
-
-    def write_json(self, name: str, content: dict):
-        replace_file(self.path / name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
-
-    def add(self, row: dict):
-        self.rows.append(row)
-
-        def write(path):
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, self.COLUMNS)
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        replace_file(self.path / "metrics.csv", write)
-
-    def finish(self, step: int):
-        best, final = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]
-        self.write_json("result.json", dict(final=final["score_mean"], best=best["score_mean"], best_step=best["step"], steps=step))
-        print(f"final score {final['score_mean']:.1f}, best {best['score_mean']:.1f} at update {best['step']}; see {self.path}")
-
-
 class Captured:
-    """A function as one CUDA graph: it runs three times as it is, is then captured, and from then on replayed.
+    """A function without arguments as one CUDA graph. Each call runs it once: three times as it is, then as a replay.
 
-    Each call runs it once. It must read and write tensors in place and wait for nothing.
+    The function must read and write the same tensors in place, and wait for nothing.
     """
 
     def __init__(self, function: Callable[[], None]):
@@ -1102,7 +994,7 @@ class Captured:
 
     def __call__(self):
         self.calls += 1
-        if self.calls <= 3:  # lazy initialisation must not be captured, and wants a stream of its own
+        if self.calls <= 3:  # what is initialised on first use must not be captured, and wants a stream of its own
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -1115,134 +1007,212 @@ class Captured:
         self.graph.replay()
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Yields a list that Ctrl-C fills, to be looked at between two updates; a second Ctrl-C ends the program at once."""
+    stops, previous = [], signal.getsignal(signal.SIGINT)
+
+    def stop(*_):
+        stops.append(True)
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# Settings that a resumed run may change, as they do not change what it learns.
+FREE = {"num_steps", "device", "compile", "run_dir", "resume", "checkpoint", "eval_only"}
+FREE |= {"eval_every", "eval_episodes", "eval_candidates"}
+
+
+class RunFolder:
+    """A run's own folder. `rows` are the lines of metrics.csv, one an evaluation. Files are replaced as a whole."""
+
+    COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "success", "length", *METRICS, "seconds"
+
+    def __init__(self, args: Args):
+        self.args, self.rows = args, []
+        self.path = Path(args.run_dir or f"runs/{args.env.replace('/', '-')}__{args.variant}__{args.seed}")
+
+    def replace(self, name: str, write: Callable[[Path], None]):
+        part = self.path / f".part-{name}"
+        write(part)
+        part.replace(self.path / name)
+
+    def write_json(self, name: str, content: dict):
+        self.replace(name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+
+    def load_checkpoint(self) -> dict:
+        path = self.path / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            theirs, self.rows, step = saved["args"], saved["rows"], saved["step"]
+        except FileNotFoundError:
+            raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume") from None
+        except Exception as error:  # torch.load raises many
+            raise UserError(f"{path} is damaged or cut short ({short(error)}): start anew with another --run-dir") from error
+        for name, ours in dataclasses.asdict(self.args).items():
+            if name not in FREE and theirs.get(name) != ours:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{path} was made with {flag} {theirs.get(name)}, not {ours}: give that, or another --run-dir")
+        if step > self.args.num_steps and not (self.path / "result.json").exists():
+            raise UserError(f"{path} is at update {step} already, past --num-steps {self.args.num_steps}")
+        return saved
+
+    def create(self, about: dict):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", dataclasses.asdict(self.args) | about)
+            (self.path / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be written ({short(error)}): give another --run-dir") from error
+
+    def add(self, row: dict):
+        def write(path):
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        self.rows.append(row)
+        self.replace("metrics.csv", write)
+
+    def finish(self, step: int):
+        best, final = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]["score_mean"]
+        self.write_json("result.json", dict(final=final, best=best["score_mean"], best_step=best["step"], steps=step))
+        print(f"final score {final:.1f}, best {best['score_mean']:.1f} at update {best['step']}; see {self.path}")
+
+
 def train(args: Args) -> int:
     """Algorithm 1, and what a run leaves. Returns the exit status: 0, 1 if a loss diverged, 130 after Ctrl-C."""
     folder = RunFolder(args)
     saved = folder.load_checkpoint() if args.resume else None
     if saved is None and folder.path.exists():
         raise UserError(f"the run folder {folder.path} exists: --resume goes on with it, --run-dir names another")
-    if saved and (folder.path / "result.json").exists() and saved["step"] == args.num_steps:
-        print(f"{folder.path} is finished, with {args.num_steps} updates")
+    if saved and (folder.path / "result.json").exists() and saved["step"] >= args.num_steps:
+        print(f"{folder.path} is finished, with {saved['step']} updates")
         return 0
     with quiet():
         from torch.utils.tensorboard import SummaryWriter
     task = open_task(args)
     data = load_data(task, args)
-    (rows, state_dim), action_dim = data.state.shape, data.action.shape[1]
-    about = dict(dataset_id=task.dataset_id, transitions=rows, state_dim=state_dim, action_dim=action_dim)
+    (size, state_dim), action_dim = data.state.shape, data.action.shape[1]
+    about = dict(dataset_id=task.dataset_id, transitions=size, state_dim=state_dim, action_dim=action_dim)
     torch.manual_seed(args.seed)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     agent = Agent(state_dim, action_dim, args, args.device)
-    totals = torch.zeros(len(METRICS) + 1, device=args.device)  # sums and number of updates since the last evaluation
     latest = torch.zeros(len(METRICS), device=args.device)
+    totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=args.device)  # since the last evaluation; count
     step, seconds = 0, 0.0
     if saved:
         if saved["about"] != about:
             raise UserError(f"{folder.path}/checkpoint.pt belongs to {saved['about']}, not to {about}")
         agent.load_state_dict(saved["agent"])
-        generator.set_state(saved["generator"])
         totals.copy_(saved["totals"])
         step, seconds = saved["step"], saved["seconds"]
+        if torch.device(saved["args"]["device"]).type == torch.device(args.device).type:
+            generator.set_state(saved["generator"])
+        else:  # the two kinds of device have different generators
+            generator.manual_seed(args.seed + step)
     folder.create(about | machine(args.device))
     noise, envs = empty_noise(args, action_dim, args.device), make_envs(task, args.eval_episodes)
-    writer, started, first = SummaryWriter(str(folder.path), purge_step=step), time.monotonic() - seconds, step
     policy = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
-    print(f"{args.env}: {rows} transitions of {task.dataset_id}, {args.variant} variant, on {machine(args.device)['device_name']}, into {folder.path}")
+    writer, first, mark = SummaryWriter(str(folder.path), purge_step=step), step, time.monotonic()
+    began = mark - seconds
+    print(f"{args.env}: {size} transitions of {task.dataset_id}, {args.variant} variant", end=", ")
+    print(f"on {machine(args.device)['device_name']}, into {folder.path}")
 
     def learn():
         latest.copy_(update(agent, Batch(*(column[noise.rows] for column in data)), noise))
         totals.add_(F.pad(latest, (0, 1), value=1.0))
 
     def save():
-        progress = dict(step=step, seconds=time.monotonic() - started, rows=folder.rows, totals=totals, generator=generator.get_state())
-        folder.save("checkpoint.pt", policy | progress | dict(agent=agent.state_dict()))
+        progress = dict(step=step, seconds=time.monotonic() - began, rows=folder.rows, totals=totals)
+        content = policy | progress | dict(generator=generator.get_state(), agent=agent.state_dict())
+        folder.replace("checkpoint.pt", lambda path: torch.save(content, path))
 
     if args.device.startswith("cuda"):
         learn = Captured(learn)
-    progress = tqdm(total=args.num_steps, initial=step, unit="update", disable=None)
-    with contextlib.closing(envs), contextlib.closing(writer), Interrupt() as interrupt, progress:
+    bar = tqdm(total=args.num_steps, initial=step, unit="update", disable=None)
+    with contextlib.closing(envs), contextlib.closing(writer), bar, interruptible() as stops:
         while True:
             due = step > 0 and (step % args.eval_every == 0 or step == args.num_steps)
             due = due and not (folder.rows and folder.rows[-1]["step"] == step)
-            if due or step % LOG_EVERY == 0 or interrupt.stopped:
-                if not totals.isfinite().all():  # this and the next line are the loop's only waits for the device
-                    return diverged(step, folder)
-                losses = dict(zip(METRICS, latest.tolist()))
+            if step > first and (due or stops or step % LOG_EVERY == 0):
+                losses = dict(zip(METRICS, latest.tolist()))  # here, every LOG_EVERY updates, the loop waits for the device
+                if not totals.isfinite().all():
+                    path = folder.path / "checkpoint.pt"
+                    good = f"{path} is the last good checkpoint" if path.exists() else "there is no checkpoint yet"
+                    print(f"erdp: a loss is NaN or infinite at update {step} or shortly before: {good}", file=sys.stderr)
+                    return 1
                 for name, value in losses.items():
-                    writer.add_scalar(f"loss/{name}", value, step)
+                    writer.add_scalar(f"losses/{name}", value, step)
                 score = {"score": f"{folder.rows[-1]['score_mean']:.1f}"} if folder.rows else {}
-                progress.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | score)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | score)
+            now = time.monotonic()
+            if step == first + LOG_EVERY:  # not from `first`: the first updates may compile
+                mark = now
             if step == first + 2 * LOG_EVERY:
-                pace = LOG_EVERY / (time.monotonic() - mark)
-                left = datetime.timedelta(seconds=round((args.num_steps - step) / pace))
-                progress.write(f"{pace:.1f} updates a second: {left} to go, evaluations not counted")
-            if due:
-                result = evaluate(agent.actor(task.low, task.high), envs, args.eval_episodes, args.seed, lambda: interrupt.stopped)
-                if result is not None:
-                    means = (totals[:-1] / totals[-1]).tolist()
-                    row = dict(step=step, **summary(task, result), **dict(zip(METRICS, means)), seconds=round(time.monotonic() - started, 1))
-                    writer.add_scalar("score", row["score_mean"], step)
-                    progress.write(f"update {step}: {in_words(row)}")
-                    folder.add(row)
-                    totals.zero_()
-                    save()
-            if interrupt.stopped:
+                left = datetime.timedelta(seconds=round((args.num_steps - step) * (now - mark) / LOG_EVERY))
+                bar.write(f"{LOG_EVERY / (now - mark):.1f} updates a second: {left} to go, evaluations not counted")
+            if due and (result := evaluate(agent.actor(task.low, task.high), envs, args.eval_episodes, args.seed, lambda: stops)):
+                row = dict(step=step) | summary(task, result) | dict(zip(METRICS, (totals[:-1] / totals[-1]).tolist()))
+                folder.add(row | dict(seconds=round(time.monotonic() - began, 1)))
+                writer.add_scalar("score", row["score_mean"], step)
+                bar.write(f"update {step}: {in_words(row)}")
+                totals.zero_()
+                save()
+                mark += time.monotonic() - now
+            if stops:
                 save()
                 print(f"stopped at update {step}: --resume goes on from there")
                 return 130
             if step == args.num_steps:
                 break
-            if step == first + LOG_EVERY:
-                mark = time.monotonic()
-            draw(noise, rows, generator)
+            draw(noise, size, generator)
             learn()
             step += 1
-            progress.update()
+            bar.update()
     trained = dict(policy=agent.policy.state_dict(), critics_target=agent.critics_target.state_dict())
-    folder.save("policy.pt", policy | dict(agent=trained))
-    draw_curve(folder, task, agent, data)
+    folder.replace("policy.pt", lambda path: torch.save(policy | dict(agent=trained), path))
+    folder.replace("curve.png", lambda path: draw_curve(path, folder.rows, agent, data))
     folder.finish(step)
     return 0
 
 
-def diverged(step: int, folder: RunFolder) -> int:
-    path = folder.path / "checkpoint.pt"
-    good = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-    print(f"erdp: a loss became NaN or infinite at or before update {step}: {good}", file=sys.stderr)
-    return 1
-
-
-def draw_curve(folder: RunFolder, task: Task, agent: Agent, data: Batch):
-    """curve.png: score over updates; for the toy, the three panels of Figure 1."""
+def draw_curve(path: Path, rows: list[dict], agent: Agent, data: Batch):
+    """A picture of score over updates; for the toy, the three panels of Figure 1."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = 3 if task.env == "toy" else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels + 1, 4), squeeze=False)
-    curve = axes[0, panels // 2]
-    steps, mean, std = (np.array([row[key] for row in folder.rows]) for key in ("step", "score_mean", "score_std"))
+    toy = agent.args.env == "toy"
+    figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
+    curve = axes[0, 1] if toy else axes[0, 0]
+    steps, mean, std = np.array([[row[key] for row in rows] for key in ("step", "score_mean", "score_std")])
     curve.plot(steps, mean)
     curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
-    curve.set(xlabel="updates", ylabel="score (± deviation over episodes)", title=f"{task.env}, seed {agent.args.seed}")
-    if task.env == "toy":
-        x, (reward, _, value) = np.linspace(-2, 2, 401), axes[0]
-        reward.plot(x, ToyEnv.reward(x), label="reward")
-        reward.hist(data.next_state[:, 0].cpu().numpy(), 60, density=True, alpha=0.4, label="data density")
-        reward.set(xlabel="state", title="reward and data")
-        reward.legend()
+    curve.set(xlabel="updates", ylabel="score ± deviation over episodes", title=f"{agent.args.env}, seed {agent.args.seed}")
+    if toy:
+        x = np.linspace(-2, 2, 401)
+        axes[0, 0].plot(x, ToyEnv.reward(x))
+        axes[0, 0].set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
+        axes[0, 0].twinx().hist(data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
         action = torch.linspace(-1, 1, 201)[:, None]
         with torch.no_grad():
-            q = agent.critics(torch.zeros(201, 2, device=data.action.device), action.to(data.action.device)).cpu()  # (M, 201)
+            q = agent.critics(torch.zeros(201, 2).to(data.action), action.to(data.action)).cpu()  # (M, 201)
         mean, std = q.mean(0), q.std(0, correction=0)
-        value.plot(action, mean, label="mean of the ensemble")
-        value.fill_between(action[:, 0], mean - std, mean + std, alpha=0.2, label="± its deviation")
-        value.plot(action, lcb(q, agent.args.lcb_coef), label=f"LCB, beta = {agent.args.lcb_coef:g}")
-        value.set(xlabel="first action", title="Q at state 0")
-        value.legend()
+        axes[0, 2].plot(action, mean, label="mean of the ensemble, ± deviation")
+        axes[0, 2].fill_between(action[:, 0], mean - std, mean + std, alpha=0.2)
+        axes[0, 2].plot(action, lcb(q, agent.args.lcb_coef), label=f"LCB, beta = {agent.args.lcb_coef:g}")
+        axes[0, 2].set(xlabel="first action", title="Q at state 0")
+        axes[0, 2].legend()
     figure.tight_layout()
-    replace_file(folder.path / "curve.png", figure.savefig)
+    figure.savefig(path, format="png")
     plt.close(figure)
 
 
@@ -1299,13 +1269,12 @@ def parse(argv: list[str]) -> Args:
 def evaluate_only(args: Args) -> int:
     """--eval-only: the score of a saved policy, with the settings that it was trained with."""
     path = Path(args.checkpoint or RunFolder(args).path / "policy.pt")
-    actor = load_policy(path, args.device, args.eval_candidates)
-    task = open_task(args)
+    actor, task = load_policy(path, args.device, args.eval_candidates), open_task(args)
     if actor.args.env != args.env:
         raise UserError(f"{path} was trained on {actor.args.env}, not on {args.env}: give --env {actor.args.env}")
-    sizes, theirs = (task.state_dim, len(task.low)), (actor.about["state_dim"], actor.about["action_dim"])
-    if sizes != theirs:
-        raise UserError(f"{path} has observations and actions of sizes {theirs}, and {task.dataset_id} of sizes {sizes}")
+    sizes = gym.spaces.flatdim(task.space), len(task.low)
+    if sizes != actor.sizes:
+        raise UserError(f"{path} has observations and actions of sizes {actor.sizes}, {task.dataset_id} of sizes {sizes}")
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         print(f"{path}: {in_words(summary(task, evaluate(actor, envs, args.eval_episodes, args.seed)))}")
     return 0
