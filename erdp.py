@@ -1,7 +1,7 @@
 """Entropy-regularized Diffusion Policy with Q-Ensembles (ERDP) for offline RL, in one file.
 
 Reference: Zhang, Luo, Sjölund, Schön and Mattsson, "Entropy-regularized Diffusion Policy with Q-Ensembles for Offline
-Reinforcement Learning", arXiv:2402.04080. Equation, table and algorithm numbers are that paper's, and the code is in its
+Reinforcement Learning", arXiv:2402.04080. Equation, table and algorithm numbers are the paper's, and the code is in its
 order: settings, SDE (Eq. 1-8), networks, sampler (Eq. 10), losses (Eq. 5, 12-17), data, evaluation, Algorithm 1, main.
 
     python erdp.py                                      # the toy task of Figure 1
@@ -46,7 +46,7 @@ TARGET_RATE = 0.005  # of the Q targets, every step ("eta" in Algorithm 1, not t
 POLICY_EMA_RATE, POLICY_EMA_EVERY, POLICY_EMA_START = 0.005, 5, 1000
 CRITIC_LR = 3e-4  # in every domain; Table 4's learning rate is the policy's
 BACKUP_CANDIDATES = 10  # next actions of max Q-backup
-HIDDEN, TOY_HIDDEN = 256, 128  # width of every network
+HIDDEN, TOY_HIDDEN = 256, 64  # width of every network
 LOG_EVERY = 100  # updates between two readings of the losses, the only waits for the device in the training loop
 
 
@@ -54,9 +54,8 @@ class UserError(Exception):
     """Bad input: its one sentence goes to stderr and the program ends with status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Settings: Section 4.1, Table 4, and the 20 rows of Tables 1 and 2
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 1. Settings: Section 4.1, Table 4, and the 20 rows of Tables 1 and 2 ============================================
+
 @dataclasses.dataclass
 class Args:
     """Entropy-regularized diffusion policy with Q-ensembles (arXiv:2402.04080). What is not given is the row's preset:
@@ -118,18 +117,19 @@ class Args:
     """evaluate a trained policy, print its score and write nothing"""
 
 
-# Table 4 and Section 4.1, one line a domain. `hidden` is the width of all networks; the toy is not in the paper's table.
+# Table 4 and Section 4.1, one line a domain; the toy is not in the paper's table.
+TABLE_4 = "lr", "eta", "max_q_backup", "grad_norm", "loss", "clip_denoised", "num_steps", "eval_episodes"
 PRESETS = {
-    "gym": dict(lr=3e-4, eta=1.0, max_q_backup=False, grad_norm=4.0, loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10),
-    "antmaze": dict(lr=3e-4, eta=2.0, max_q_backup=True, grad_norm=4.0, loss="noise", clip_denoised=True, num_steps=1_000_000, eval_episodes=100),
-    "adroit": dict(lr=3e-5, eta=0.1, max_q_backup=False, grad_norm=8.0, loss="noise", clip_denoised=True, num_steps=1_000_000, eval_episodes=100),
-    "kitchen": dict(lr=3e-4, eta=0.005, max_q_backup=False, grad_norm=10.0, loss="likelihood", clip_denoised=False, num_steps=1_000_000, eval_episodes=100),
-    "toy": dict(lr=1e-3, eta=1.0, max_q_backup=False, grad_norm=4.0, loss="noise", clip_denoised=True, num_steps=8_000, eval_episodes=100, eval_every=400, batch_size=64, num_critics=16),
-}  # fmt: skip
+    "gym": (3e-4, 1.0, False, 4.0, "likelihood", False, 2_000_000, 10),
+    "antmaze": (3e-4, 2.0, True, 4.0, "noise", True, 1_000_000, 100),  # but umaze: no max Q-backup
+    "adroit": (3e-5, 0.1, False, 8.0, "noise", True, 1_000_000, 100),
+    "kitchen": (3e-4, 0.005, False, 10.0, "likelihood", False, 1_000_000, 100),
+    "toy": (1e-3, 3.0, False, 4.0, "noise", True, 8_000, 100),
+}
 
 
 class Row(NamedTuple):
-    """A row of Table 1 or 2: its domain, data, evaluation environment (None: the data set's) and D4RL's reference returns."""
+    """A row of Table 1 or 2: domain, data, evaluation environment (None: the data set's), D4RL's reference returns."""
 
     domain: str
     dataset: str
@@ -163,20 +163,21 @@ def domain_of(env: str) -> str:
 
 def preset(env: str) -> Args:
     """The paper's settings for `env`: Section 4.1's, then Table 4's line of its domain."""
-    args = dataclasses.replace(Args(env=env), **PRESETS[domain_of(env)])
+    args = dataclasses.replace(Args(env=env), **dict(zip(TABLE_4, PRESETS[domain_of(env)])))
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
+    if env == "toy":
+        args.eval_every, args.batch_size, args.num_critics = 400, 64, 8
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.compile = args.device == "cuda"
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The mean-reverting SDE: Eq. 1-8, 14, 28
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 2. The mean-reverting SDE: Eq. 1-8, 14, 28 ======================================================================
+
 # theta over steps k = 1..T (an array), up to a factor: every schedule is scaled to theta_bar_T = -ln(1e-3).
 SCHEDULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "cosine": lambda k: 1 - (np.cos((k / (len(k) + 1) + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2,
+    "cosine": lambda k: 1 - np.cos((k / (len(k) + 1) + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(np.pi / 252) ** 2,
     "constant": lambda k: np.ones(len(k)),
     "linear": lambda k: np.linspace(1, 200, len(k)),
     "vp": lambda k: 1 - np.exp(-0.1 / len(k) - 4.95 * (2 * k - 1) / len(k) ** 2),
@@ -222,7 +223,7 @@ class MeanRevertingSDE:
             setattr(self, name, torch.as_tensor(table, dtype=dtype, device=device))
 
     def _at(self, table, *times, first=0):
-        """table[times], with a last axis to broadcast over x's where a time is a tensor; ints must ascend from `first`."""
+        """table[times], with a last axis to broadcast over x where a time is a tensor; ints ascend from `first`."""
         ints = [t for t in times if isinstance(t, int)]
         if any(a > b for a, b in zip([first, *ints], [*ints, self.num_steps])):
             raise ValueError(f"diffusion times {ints} must ascend from {first} to T = {self.num_steps}")
@@ -239,12 +240,13 @@ class MeanRevertingSDE:
 
     def score(self, x_t, x_0, t):
         """Eq. 28: the gradient of log p(x_t | x_0) with respect to x_t, for t >= 1."""
-        return -(x_t - self._at(self._scale, 0, t) * x_0) / self._at(self._var, 0, t)
+        scale, var = self.transition(0, t)
+        return -(x_t - scale * x_0) / var
 
     def posterior(self, x_t, x_0, t):
         """Eq. 6-7: (mean, var) of p(x_{t-1} | x_t, x_0) for t >= 1; at t = 1, x_0 and 0."""
-        mean = self._at(self._mean_x_t, t, first=1) * x_t + self._at(self._mean_x_0, t, first=1) * x_0
-        return mean, self._at(self._posterior_var, t, first=1)
+        mean = self._at(self._mean_x_t, t, first=1) * x_t + self._at(self._mean_x_0, t) * x_0
+        return mean, self._at(self._posterior_var, t)
 
     def predict_x0(self, x_t, t, eps):
         """Eq. 8: x0-hat, the x_0 of which x_t is the diffused value if its noise is eps."""
@@ -266,11 +268,10 @@ class MeanRevertingSDE:
         return x_t + theta * x_t + 2 * theta * score + (2 * theta).sqrt() * noise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 3. Networks =====================================================================================================
+
 def mish(x):
-    """x tanh(softplus(x)). Compiled code takes it as x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
+    """x tanh(softplus(x)); for the compiler x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
     if not torch.compiler.is_compiling():
         return F.mish(x)
     e = x.clamp(max=20).exp()  # beyond 20 the quotient is 1 to float64's precision
@@ -281,7 +282,7 @@ def mish(x):
 class NoiseNetwork(nn.Module):
     """eps_phi(x_t, t, s): three hidden Mish layers over (noisy action, time embedding, state)."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden: int = 256):
+    def __init__(self, state_dim: int, action_dim: int, hidden: int = HIDDEN):
         super().__init__()
         self.register_buffer("frequency", 10_000 ** (-torch.arange(8, dtype=torch.float64) / 7), persistent=False)
         self.time = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 16)])
@@ -301,7 +302,7 @@ class NoiseNetwork(nn.Module):
 class QEnsemble(nn.Module):
     """M independent Q-functions of three hidden Mish layers, evaluated together in batched matrix products."""
 
-    def __init__(self, state_dim: int, action_dim: int, num_critics: int = 64, hidden: int = 256):
+    def __init__(self, state_dim: int, action_dim: int, num_critics: int = 64, hidden: int = HIDDEN):
         super().__init__()
         sizes = [state_dim + action_dim, hidden, hidden, hidden, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
@@ -309,7 +310,7 @@ class QEnsemble(nn.Module):
             weight = torch.empty(num_critics, fan_in, fan_out)
             bias = torch.empty(num_critics, 1, fan_out)
             if fan_out > 1:
-                weight.uniform_(-1 / 16, 1 / 16)  # whatever the width: the released code's 1 / sqrt(256)
+                weight.uniform_(-(hidden**-0.5), hidden**-0.5)  # the first layer too: 1/16 at the paper's width
                 bias.fill_(0.1)
             else:
                 weight.uniform_(-3e-3, 3e-3)
@@ -323,16 +324,15 @@ class QEnsemble(nn.Module):
         biases = [b.detach() if frozen else b for b in self.biases]
         h = torch.cat([state, action], -1)  # (B, S + A), the same for all members
         M, fan_in, hidden = weights[0].shape
-        h = h @ weights[0].transpose(0, 1).reshape(fan_in, M * hidden)  # (B, M * H): one product, no copy of h per member
+        h = h @ weights[0].transpose(0, 1).reshape(fan_in, M * hidden)  # (B, M * H): no copy of h a member
         h = mish(h.view(-1, M, hidden).transpose(0, 1) + biases[0])  # (M, B, H)
         for weight, bias in zip(weights[1:-1], biases[1:-1]):
             h = mish(torch.baddbmm(bias, h, weight))  # (M, B, H)
         return torch.baddbmm(biases[-1], h, weights[-1]).squeeze(-1)  # (M, B)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Sampling: Eq. 10 by Eq. 6 and 8
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 4. Sampling: Eq. 10 by Eq. 6 and 8 ==============================================================================
+
 def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_sample: bool = True):
     """Actions (B, A) for states (B, S) in T steps of optimal sampling (Proposition 3.1).
 
@@ -351,9 +351,8 @@ def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_
     return x_t.clamp(-1, 1) if clip_sample else x_t
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Losses: Eq. 5, 16, 17, 12-15
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 5. Losses: Eq. 5, 16, 17, 12-15 =================================================================================
+
 class Batch(NamedTuple):
     """Transitions: state (B, S), action (B, A) in [-1, 1], reward (B,), next_state (B, S), terminal (B,) 0 or 1."""
 
@@ -378,7 +377,7 @@ def diffusion_loss(sde, x_0, x_t, t, eps, eps_hat, loss: str = "noise"):
     """Mean squared error of the predicted noise eps_hat (B, A), given x_t = sde.diffuse(x_0, t, eps).
 
     "noise" is Eq. 5. "likelihood" (Table 4; IR-SDE) compares one Euler step of the reverse SDE's drift with the optimal
-    x_{t-1} of Eq. 40; as an Euler step over a coarse grid is not the posterior mean, the true noise does not minimise it.
+    x_{t-1} of Eq. 40; over a coarse grid an Euler step is not the posterior mean, so the true noise does not minimise it.
     "posterior" compares the posterior means themselves (Eq. 7 with x0-hat of Eq. 8): the true noise does, at any T.
     """
     if loss == "noise":
@@ -428,7 +427,7 @@ def pessimistic_value(q, pessimism: str, beta: float, variant: str):
 def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
     """log p(a^1-hat | a^T, s) of Eq. 13-15 (B,), from a^0-hat (unclamped), its predicted noise and a^T.
 
-    "paper": Eq. 14 at a^1-hat = Eq. 4 of a^0-hat and the predicted noise at t = 1. "released": a^1-hat is one Euler step
+    "paper": Eq. 14 at a^1-hat = Eq. 4 of a^0-hat and the predicted noise at t = 1. "released": a^1-hat is an Euler step
     of the drift, and each density has earlier and later state exchanged, at times 1, 2 and T.
     """
     if variant == "paper":
@@ -441,7 +440,7 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     """Eq. 15, with L_diff of `args.loss`. Returns it with L_diff, the mean pessimistic value and the mean of -log p.
 
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. q_data (M, B) is Q(s, a) of the batch, for the lambda of `variant` "paper". Q's weights get no gradient.
+    where it is. q_data (M, B) is Q(s, a) of the batch, for the lambda of variant "paper". Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -461,9 +460,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     return loss, l_diff.detach(), value.mean().detach(), -log_p.mean().detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Tasks and data
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 6. Tasks and data ===============================================================================================
+
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 PATIENCE = 20  # seconds that a silent server is waited for
 
@@ -482,6 +480,10 @@ class Task:
     high: np.ndarray
     ref_min: float  # returns of score 0 and 100
     ref_max: float
+
+    @property
+    def state_dim(self) -> int:
+        return gym.spaces.flatdim(self.space)
 
     def score(self, returns):
         """D4RL's normalised score."""
@@ -514,7 +516,7 @@ class ToyEnv(gym.Env):
     @staticmethod
     def reward(x):
         """A mixture of Gaussians: a low hill on the left, where most of the data is, and a high one on the right."""
-        return 1.2 * np.exp(-0.5 * ((x + 0.8) / 0.4) ** 2) + 3 * np.exp(-0.5 * ((x - 1.2) / 0.4) ** 2)
+        return np.exp(-0.5 * ((x + 0.9) / 0.4) ** 2) + 3 * np.exp(-0.5 * ((x - 0.9) / 0.4) ** 2)
 
     @classmethod
     def best_return(cls) -> float:
@@ -531,9 +533,9 @@ class ToyEnv(gym.Env):
 
 
 def toy_data(seed: int, episodes: int = 512) -> Batch:
-    """Unbalanced two-step episodes: four in five drift to the left, away from the high reward."""
+    """Unbalanced two-step episodes: four steps in five drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
-    drift = np.where(rng.random((episodes, 1)) < 0.8, -0.3, 0.5)
+    drift = np.where(rng.random((episodes, 2)) < 0.8, -0.3, 0.5)
     action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
     position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
     state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
@@ -559,12 +561,12 @@ def flatten(space: gym.Space, observations) -> np.ndarray:
 
 
 def open_minari(dataset_id: str):
-    """The Minari data set of that id, or its newest version where the id has none: the installed one, else downloaded."""
+    """The Minari data set of that id, its newest version where the id has none: the installed one, else downloaded."""
     with quiet():
         import minari
     match = re.fullmatch(r"((?:[-\w]+/)*[-\w]+?)(?:-v(\d+))?", dataset_id)
     if not match:
-        raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/antmaze/umaze-v1")
+        raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/pen/human-v2")
     name, version = match.groups()
     command = f"minari download {dataset_id if version else name + '-v1'}"
 
@@ -583,26 +585,27 @@ def open_minari(dataset_id: str):
 
     def ask():
         try:
-            with quiet():
-                answer["ids"] = list(minari.list_remote_datasets(prefix=name, compatible_minari_version=True))
+            answer["ids"] = list(minari.list_remote_datasets(prefix=name, compatible_minari_version=True))
         except Exception as error:
             answer["error"] = short(error)
 
     asking = threading.Thread(target=ask, daemon=True)  # Minari itself would wait for ever
-    asking.start()
-    asking.join(PATIENCE)
+    with quiet():
+        asking.start()
+        asking.join(PATIENCE)
     folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
     try:
         found = newest(answer["ids"])
         if found is None:
-            raise UserError(f"{dataset_id} is neither in {folder} nor on the server: `minari list remote` shows what is")
+            raise UserError(f"{dataset_id} is neither in {folder} nor on the server: see `minari list remote`")
         minari.download_dataset(found)
         return minari.load_dataset(found)
     except UserError:
         raise
     except Exception as error:
         why = answer["error"] if "ids" not in answer else short(error)
-        raise UserError(f"{dataset_id} cannot be downloaded ({why}): run `{command}` later, or copy it to {folder}") from error
+        hint = f"run `{command}` later, or copy it to {folder}"
+        raise UserError(f"{dataset_id} cannot be downloaded ({why}): {hint}") from error
 
 
 def open_hdf5(path: Path, url: str | None) -> Path:
@@ -632,11 +635,12 @@ def open_task(args: Args) -> Task:
     if args.env == "toy":
         if args.dataset:
             raise UserError(f"--dataset {args.dataset} does not go with --env toy, which makes its own data")
-        spec, space, actions = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv), ToyEnv.observation_space, ToyEnv.action_space
-        return Task(domain, None, "toy", spec, None, space, actions.low, actions.high, 0.0, ToyEnv.best_return())
+        spec, actions = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv), ToyEnv.action_space
+        space, best = ToyEnv.observation_space, ToyEnv.best_return()
+        return Task(domain, None, "toy", spec, None, space, actions.low, actions.high, 0.0, best)
     if row is None and args.env != args.dataset:
         near = difflib.get_close_matches(args.env, ["toy", *ROWS], 3, 0)
-        raise UserError(f"--env {args.env} is neither toy nor a row of the paper's tables: the nearest are {', '.join(near)}")
+        raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {', '.join(near)}")
     with quiet():
         import gymnasium_robotics
 
@@ -644,7 +648,7 @@ def open_task(args: Args) -> Task:
     source = args.dataset or row.dataset
     if source.endswith((".hdf5", ".h5")):
         if row is None or row.env_id is None:
-            raise UserError(f"--dataset {source} has no environment of its own: name a Gym row such as --env hopper-medium-v2")
+            raise UserError(f"--dataset {source} names no environment: add a Gym row such as --env hopper-medium-v2")
         folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
         data = open_hdf5(Path(source), None) if args.dataset else open_hdf5(folder / source, D4RL_SERVER + source)
         dataset_id, env_id, theirs = str(data), row.env_id, {}
@@ -698,7 +702,7 @@ def evaluation_maze(data, maze: list) -> list:
 
 
 def load_minari(task: Task) -> Batch:
-    """All transitions of a Minari data set. AntMaze is read as D4RL meant it: an episode ends, terminal, at the goal."""
+    """All transitions of a Minari data set. AntMaze is read as D4RL meant it: the goal ends an episode, terminal."""
     parts = []
     for episode in task.data.iterate_episodes():
         state = flatten(task.space, episode.observations[task.key] if task.key else episode.observations)
@@ -725,12 +729,12 @@ def load_hdf5(task: Task) -> Batch:
     except FileNotFoundError:
         raise UserError(f"--dataset {task.data} does not exist") from None
     except (OSError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{task.data} is not a whole HDF5 file ({short(error)}): delete it and fetch it again") from error
-    if len(rows) < len(keys):
-        raise UserError(f"{task.data} lacks {', '.join(set(keys) - set(rows))}, which D4RL's files have")
+        raise UserError(f"{task.data} is not a whole HDF5 file ({short(error)}): fetch it again") from error
+    if missing := [key for key in keys if key not in rows]:
+        raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
     found = {key: np.shape(values) for key, values in rows.items()}
     n = len(rows["rewards"]) if found["rewards"] else 0
-    wanted = dict.fromkeys(keys, (n,)) | dict(observations=(n, gym.spaces.flatdim(task.space)), actions=(n, len(task.low)))
+    wanted = dict.fromkeys(keys, (n,)) | dict(observations=(n, task.state_dim), actions=(n, len(task.low)))
     if found != wanted:
         raise UserError(f"{task.data} does not fit {task.spec.id}: its arrays are {found}, expected {wanted}")
     keep = ~rows["timeouts"][:-1].astype(bool)
@@ -748,8 +752,8 @@ def load_data(task: Task, args: Args) -> Batch:
         if not np.isfinite(values).all():
             raise UserError(f"{task.dataset_id} has NaN or infinity among its {name} values")
     action = 2 * (data.action - task.low) / (task.high - task.low) - 1
-    if np.abs(action).max() > 1 + 1e-3:
-        raise UserError(f"{task.dataset_id} has actions outside their bounds: {np.abs(action).max():.4g} where the bounds are ±1")
+    if (most := np.abs(action).max()) > 1 + 1e-3:
+        raise UserError(f"{task.dataset_id} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
     reward = data.reward
     if task.domain == "antmaze":
         reward = 4 * (reward - 0.5)
@@ -759,9 +763,8 @@ def load_data(task: Task, args: Args) -> Batch:
     return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Acting and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 7. Acting and evaluation ========================================================================================
+
 class Actor:
     """The policy as it acts: of `args.eval_candidates` samples, one drawn by softmax over their pessimistic value."""
 
@@ -772,7 +775,7 @@ class Actor:
 
     @torch.no_grad()
     def __call__(self, state, streams=None) -> np.ndarray:
-        """States (N, S) -> actions (N, A) in the environment's bounds; state n draws from NumPy generator streams[n]."""
+        """States (N, S) -> actions (N, A) in the environment's bounds; state n draws from the generator streams[n]."""
         streams = streams or [np.random.default_rng() for _ in state]
         args, device, N = self.args, self.sde.theta_bar.device, len(state)
         shape = T, C, A = self.sde.num_steps, args.eval_candidates, len(self.low)
@@ -843,7 +846,7 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
 
 
 def evaluate(actor: Actor, envs, episodes: int, seed: int, stopped=lambda: False) -> dict | None:
-    """Plays `episodes` episodes: arrays return, success (NaN where the environment has none) and length; None if stopped.
+    """Plays `episodes` episodes: their return, success (NaN where the environment has none), length; None if stopped.
 
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
     nor anything in training changes the result.
@@ -883,16 +886,14 @@ def summary(task: Task, result: dict) -> dict:
 
 
 def in_words(row: dict) -> str:
-    success = "" if row["success"] is None else f", success {row['success']:.0%}"
-    means = "score {score_mean:.1f} ± {score_std:.1f}, return {return_mean:.2f} ± {return_std:.2f}, length {length:.0f}"
-    return means.format(**row) + success
+    words = "score {score_mean:.1f} ± {score_std:.1f}, return {return_mean:.2f} ± {return_std:.2f}, length {length:.0f}"
+    return (words + ", success {success:.0%}" * (row["success"] is not None)).format(**row)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. Training: Algorithm 1, and the folder that a run leaves
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 8. Training: Algorithm 1, and the folder that a run leaves ======================================================
+
 class Agent:
-    """What Algorithm 1 updates: the policy pi_phi and its EMA, the ensemble Q_psi and its targets, and two optimisers."""
+    """What Algorithm 1 updates: the policy pi_phi and its EMA, the ensemble Q_psi and its targets, two optimisers."""
 
     PARTS = "policy", "critics", "policy_ema", "critics_target", "policy_optimizer", "critic_optimizer"
 
@@ -946,7 +947,7 @@ def update(agent: Agent, batch: Batch, noise: Noise):
     descend(pi_loss, agent.policy, agent.policy_optimizer, args.grad_norm)
     # Target networks
     due = (agent.updates >= POLICY_EMA_START) & (agent.updates % POLICY_EMA_EVERY == 0)
-    move(agent.policy_ema, agent.policy, due * POLICY_EMA_RATE)
+    move(agent.policy_ema, agent.policy, due.double() * POLICY_EMA_RATE)
     move(agent.critics_target, agent.critics, TARGET_RATE)
     agent.updates += 1
     return torch.stack([q_loss.detach(), pi_loss.detach(), l_diff, q.mean(), value, entropy])
@@ -1009,7 +1010,7 @@ class Captured:
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C fills, to be looked at between two updates; a second Ctrl-C ends the program at once."""
+    """Yields a list that Ctrl-C fills, to be looked at between two updates; a second Ctrl-C ends the program."""
     stops, previous = [], signal.getsignal(signal.SIGINT)
 
     def stop(*_):
@@ -1053,11 +1054,11 @@ class RunFolder:
         except FileNotFoundError:
             raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume") from None
         except Exception as error:  # torch.load raises many
-            raise UserError(f"{path} is damaged or cut short ({short(error)}): start anew with another --run-dir") from error
+            raise UserError(f"{path} is damaged ({short(error)}): start anew with another --run-dir") from error
         for name, ours in dataclasses.asdict(self.args).items():
             if name not in FREE and theirs.get(name) != ours:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{path} was made with {flag} {theirs.get(name)}, not {ours}: give that, or another --run-dir")
+                made = f"--{name.replace('_', '-')} {theirs.get(name)}"
+                raise UserError(f"{path} was made with {made}, not {ours}: give the same, or another --run-dir")
         if step > self.args.num_steps and not (self.path / "result.json").exists():
             raise UserError(f"{path} is at update {step} already, past --num-steps {self.args.num_steps}")
         return saved
@@ -1068,7 +1069,7 @@ class RunFolder:
             self.write_json("config.json", dataclasses.asdict(self.args) | about)
             (self.path / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
         except OSError as error:
-            raise UserError(f"the run folder {self.path} cannot be written ({short(error)}): give another --run-dir") from error
+            raise UserError(f"{self.path} cannot be written ({short(error)}): give another --run-dir") from error
 
     def add(self, row: dict):
         def write(path):
@@ -1120,6 +1121,7 @@ def train(args: Args) -> int:
     folder.create(about | machine(args.device))
     noise, envs = empty_noise(args, action_dim, args.device), make_envs(task, args.eval_episodes)
     policy = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
+    actor = agent.actor(task.low, task.high)
     writer, first, mark = SummaryWriter(str(folder.path), purge_step=step), step, time.monotonic()
     began = mark - seconds
     print(f"{args.env}: {size} transitions of {task.dataset_id}, {args.variant} variant", end=", ")
@@ -1142,11 +1144,11 @@ def train(args: Args) -> int:
             due = step > 0 and (step % args.eval_every == 0 or step == args.num_steps)
             due = due and not (folder.rows and folder.rows[-1]["step"] == step)
             if step > first and (due or stops or step % LOG_EVERY == 0):
-                losses = dict(zip(METRICS, latest.tolist()))  # here, every LOG_EVERY updates, the loop waits for the device
+                losses = dict(zip(METRICS, latest.tolist()))  # only here does the loop wait for the device
                 if not totals.isfinite().all():
                     path = folder.path / "checkpoint.pt"
                     good = f"{path} is the last good checkpoint" if path.exists() else "there is no checkpoint yet"
-                    print(f"erdp: a loss is NaN or infinite at update {step} or shortly before: {good}", file=sys.stderr)
+                    print(f"erdp: a loss is NaN or infinite at or just before update {step}: {good}", file=sys.stderr)
                     return 1
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value, step)
@@ -1158,7 +1160,7 @@ def train(args: Args) -> int:
             if step == first + 2 * LOG_EVERY:
                 left = datetime.timedelta(seconds=round((args.num_steps - step) * (now - mark) / LOG_EVERY))
                 bar.write(f"{LOG_EVERY / (now - mark):.1f} updates a second: {left} to go, evaluations not counted")
-            if due and (result := evaluate(agent.actor(task.low, task.high), envs, args.eval_episodes, args.seed, lambda: stops)):
+            if due and (result := evaluate(actor, envs, args.eval_episodes, args.seed, lambda: stops)):
                 row = dict(step=step) | summary(task, result) | dict(zip(METRICS, (totals[:-1] / totals[-1]).tolist()))
                 folder.add(row | dict(seconds=round(time.monotonic() - began, 1)))
                 writer.add_scalar("score", row["score_mean"], step)
@@ -1196,7 +1198,8 @@ def draw_curve(path: Path, rows: list[dict], agent: Agent, data: Batch):
     steps, mean, std = np.array([[row[key] for row in rows] for key in ("step", "score_mean", "score_std")])
     curve.plot(steps, mean)
     curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
-    curve.set(xlabel="updates", ylabel="score ± deviation over episodes", title=f"{agent.args.env}, seed {agent.args.seed}")
+    title = f"{agent.args.env}, seed {agent.args.seed}"
+    curve.set(xlabel="updates", ylabel="score ± deviation over episodes", title=title)
     if toy:
         x = np.linspace(-2, 2, 401)
         axes[0, 0].plot(x, ToyEnv.reward(x))
@@ -1220,13 +1223,13 @@ def machine(device: str) -> dict:
     """What config.json says of the machine."""
     packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
     versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU ({torch.get_num_threads()} threads)"
+    cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
     return dict(device_name=name, versions=versions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. The command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== 9. The command line =============================================================================================
+
 def parse(argv: list[str]) -> Args:
     """Settings from the command line over the row's preset. Raises UserError where they make no sense."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the row decides the defaults of all the rest
@@ -1243,16 +1246,14 @@ def parse(argv: list[str]) -> Args:
         lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
         words = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)])
         raise UserError(f"{words.rstrip('.')}: --help shows the settings") from None
-    least = dict(num_steps=1, batch_size=1, num_critics=1, num_diffusion_steps=2, eval_every=1, eval_episodes=1, eval_candidates=1)
-    least |= dict(seed=0, lcb_coef=0, entropy_coef=0, eta=0)
-    if args.variant == "released":
-        least["num_diffusion_steps"] = 3  # its entropy term uses the times 1, 2 and T
-    for name, bound in (least | dict(lr=None, grad_norm=None)).items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if bound is None and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value} but must be positive")
-        if bound is not None and not bound <= value < math.inf:
-            raise UserError(f"{flag} is {value} but must be at least {bound}" + " with --variant released" * (bound == 3))
+    counts = "num_steps", "batch_size", "num_critics", "eval_every", "eval_episodes", "eval_candidates"
+    least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "lcb_coef", "entropy_coef", "eta", "lr", "grad_norm"), 0)
+    least["num_diffusion_steps"] = 3 if args.variant == "released" else 2  # its entropy term uses the times 1, 2, T
+    for name, bound in least.items():
+        value, above = getattr(args, name), name in ("lr", "grad_norm")
+        if not bound <= value < math.inf or (above and value == bound):
+            flag, where = "--" + name.replace("_", "-"), " with --variant released" if bound == 3 else ""
+            raise UserError(f"{flag} is {value} but must be {'more than' if above else 'at least'} {bound}{where}")
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     try:
@@ -1262,7 +1263,8 @@ def parse(argv: list[str]) -> Args:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device} is not supported: give cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {args.device} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices; give --device cpu")
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {args.device} is not there: PyTorch sees {count} CUDA devices; give --device cpu")
     return args
 
 
@@ -1272,9 +1274,9 @@ def evaluate_only(args: Args) -> int:
     actor, task = load_policy(path, args.device, args.eval_candidates), open_task(args)
     if actor.args.env != args.env:
         raise UserError(f"{path} was trained on {actor.args.env}, not on {args.env}: give --env {actor.args.env}")
-    sizes = gym.spaces.flatdim(task.space), len(task.low)
+    sizes = task.state_dim, len(task.low)
     if sizes != actor.sizes:
-        raise UserError(f"{path} has observations and actions of sizes {actor.sizes}, {task.dataset_id} of sizes {sizes}")
+        raise UserError(f"{path} is for states and actions of sizes {actor.sizes}, {task.dataset_id} has {sizes}")
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         print(f"{path}: {in_words(summary(task, evaluate(actor, envs, args.eval_episodes, args.seed)))}")
     return 0

@@ -585,7 +585,7 @@ def literal_sample(network, schedule, T, state, noise, clip_denoised, clip_sampl
         eps = network(x, torch.tensor([t] * len(x)), state)
         x_0 = math.exp(bar[t]) * (x - math.sqrt(var) * eps)
         if clip_denoised:
-            x_0 = torch.maximum(torch.minimum(x_0, torch.ones_like(x_0)), -torch.ones_like(x_0))
+            x_0 = x_0.clip(-1, 1)
         x = past / var * math.exp(-prime[t]) * x + step / var * math.exp(-bar[t - 1]) * x_0
         if t > 1:
             x, used = x + math.sqrt(past * step / var) * noise[used], used + 1
@@ -1408,15 +1408,13 @@ class Algorithm1:
                 for k, p in enumerate(member):
                     agree(f"{claim}: {name}, member {m}, tensor {k}", p, getattr(self, name)[m][k], rtol=1e-9)
         policy, critics = (o.state_dict()["state"] for o in (agent.policy_optimizer, agent.critic_optimizer))
-        layers = range(len(agent.critics.weights))
-        order = [*layers, *layers]  # the ensemble's weights come before its biases
-        tight = dict(rtol=1e-8, atol=1e-15)
+        tight = dict(rtol=1e-8, atol=1e-13)
         for name, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):  # of PyTorch's Adam, and of ours
             for k, state in policy.items():
                 agree(f"{claim}: {name} of the policy", state[name], getattr(self.policy_adam, moment)[k], **tight)
             for k, state in critics.items():
-                place = 2 * order[k] + (k >= len(layers))
-                members = getattr(self.critic_adam, moment)[place :: 2 * len(layers)]
+                place = 2 * (k % 4) + k // 4  # in PyTorch's order the ensemble's 4 weights come before its 4 biases
+                members = getattr(self.critic_adam, moment)[place::8]
                 agree(f"{claim}: {name} of Q", state[name], torch.stack(members), **tight)
 
 
@@ -1535,6 +1533,8 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
         assert (group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, 0, False)
         assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
     assert agent.updates == 0
+    actor = agent.actor([-1] * 3, [1] * 3)
+    assert actor.policy is agent.policy and actor.critics is agent.critics_target, "acts by pi_phi and Q's targets"
     toy = Agent(2, 1, erdp.preset("toy"))
     assert toy.policy.layers[0].out_features == toy.critics.weights[0].shape[2] == erdp.TOY_HIDDEN < 256
     other = Agent(2, 1, Args(schedule="vp", num_diffusion_steps=7)).sde
