@@ -46,7 +46,8 @@ TARGET_RATE = 0.005  # of the Q targets, every step ("eta" in Algorithm 1, not t
 POLICY_EMA_RATE, POLICY_EMA_EVERY, POLICY_EMA_START = 0.005, 5, 1000
 CRITIC_LR = 3e-4  # in every domain; Table 4's learning rate is the policy's
 BACKUP_CANDIDATES = 10  # next actions of max Q-backup
-HIDDEN, TOY_HIDDEN = 256, 64  # width of every network
+HIDDEN = 256  # width of every network
+TOY_HIDDEN, TOY_CRITIC_LR = 64, 2e-3  # the toy's small networks learn in 4,000 updates
 LOG_EVERY = 100  # updates between two readings of the losses, the only waits for the device in the training loop
 
 
@@ -124,7 +125,7 @@ PRESETS = {
     "antmaze": (3e-4, 2.0, True, 4.0, "noise", True, 1_000_000, 100),  # but umaze: no max Q-backup
     "adroit": (3e-5, 0.1, False, 8.0, "noise", True, 1_000_000, 100),
     "kitchen": (3e-4, 0.005, False, 10.0, "likelihood", False, 1_000_000, 100),
-    "toy": (1e-3, 3.0, False, 4.0, "noise", True, 8_000, 100),
+    "toy": (1e-3, 3.0, False, 4.0, "noise", True, 4_000, 100),
 }
 
 
@@ -532,7 +533,7 @@ class ToyEnv(gym.Env):
         return self.state, float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
 
 
-def toy_data(seed: int, episodes: int = 512) -> Batch:
+def toy_data(seed: int, episodes: int = 256) -> Batch:
     """Unbalanced two-step episodes: four steps in five drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
     drift = np.where(rng.random((episodes, 2)) < 0.8, -0.3, 0.5)
@@ -677,6 +678,8 @@ def open_task(args: Args) -> Task:
         if ours[0] != other[0] or bounds[0].shape != bounds[1].shape or not np.allclose(*bounds):
             raise UserError(f"{dataset_id} and its environment {env.spec.id} differ: {other} against {ours}")
     key = "observation" if domain == "kitchen" else None
+    if key and not (isinstance(space, gym.spaces.Dict) and key in space.keys()):
+        raise UserError(f"{dataset_id} is not a Kitchen data set: it observes {shapes(space)}, without 'observation'")
     ref = (row.ref_min, row.ref_max) if row else (theirs.get("ref_min_score"), theirs.get("ref_max_score"))
     if None in ref:
         print(f"{dataset_id} has no reference scores: its score is the return")
@@ -899,7 +902,8 @@ class Agent:
 
     def __init__(self, state_dim: int, action_dim: int, args: Args, device="cpu"):
         self.args = args
-        hidden = TOY_HIDDEN if args.env == "toy" else HIDDEN
+        toy = args.env == "toy"
+        hidden = TOY_HIDDEN if toy else HIDDEN
         self.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, device=device)
         self.policy = NoiseNetwork(state_dim, action_dim, hidden).to(device)
         self.critics = QEnsemble(state_dim, action_dim, args.num_critics, hidden).to(device)
@@ -907,7 +911,7 @@ class Agent:
         self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
         options = dict(fused=True, capturable=torch.device(device).type == "cuda")
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr, **options)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=CRITIC_LR, **options)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=TOY_CRITIC_LR if toy else CRITIC_LR, **options)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured update counts too
         self.functions = sample_actions, critic_loss, policy_loss
         if args.compile:
