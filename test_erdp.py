@@ -1368,7 +1368,7 @@ class Algorithm1:
         self.critics = members_of(agent.critics, requires_grad=True)
         self.critics_target = members_of(agent.critics_target)
         self.policy_adam = Adam(list(self.policy.values()), self.args.lr)
-        self.critic_adam = Adam([p for member in self.critics for p in member], 3e-4)
+        self.critic_adam = Adam([p for member in self.critics for p in member], 2e-3)  # the toy's rate
 
     def update(self, batch, noise):
         args, T, B = self.args, self.args.num_diffusion_steps, len(batch.state)
@@ -1537,6 +1537,7 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
     assert actor.policy is agent.policy and actor.critics is agent.critics_target, "acts by pi_phi and Q's targets"
     toy = Agent(2, 1, erdp.preset("toy"))
     assert toy.policy.layers[0].out_features == toy.critics.weights[0].shape[2] == erdp.TOY_HIDDEN < 256
+    assert [o.param_groups[0]["lr"] for o in (toy.policy_optimizer, toy.critic_optimizer)] == [1e-3, 2e-3]
     other = Agent(2, 1, Args(schedule="vp", num_diffusion_steps=7)).sde
     agree("the agent's SDE, of other settings", other.theta_bar, literal_theta("vp", 7)[1], rtol=1e-6)
 
