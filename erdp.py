@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import datetime
 import difflib
+import http.client
 import importlib.metadata
 import io
 import json
@@ -378,7 +379,7 @@ def diffusion_loss(sde, x_0, x_t, t, eps, eps_hat, loss: str = "noise"):
     """Mean squared error of the predicted noise eps_hat (B, A), given x_t = sde.diffuse(x_0, t, eps).
 
     "noise" is Eq. 5. "likelihood" (Table 4; IR-SDE) compares one Euler step of the reverse SDE's drift with the optimal
-    x_{t-1} of Eq. 40; over a coarse grid an Euler step is not the posterior mean, so the true noise does not minimise it.
+    x_{t-1} of Eq. 40; an Euler step over a coarse grid is not the posterior mean, and the true noise no minimiser.
     "posterior" compares the posterior means themselves (Eq. 7 with x0-hat of Eq. 8): the true noise does, at any T.
     """
     if loss == "noise":
@@ -618,13 +619,13 @@ def open_hdf5(path: Path, url: str | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=PATIENCE) as source, open(part, "wb") as file:
             size = int(source.headers["Content-Length"])
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while chunk := source.read(1 << 20):
                     bar.update(file.write(chunk))
             if file.tell() != size:
                 raise OSError(f"{file.tell()} of {size} bytes came")
         part.replace(path)
-    except (OSError, TypeError) as error:  # TypeError: a server that does not say how long the file is
+    except (OSError, TypeError, ValueError, http.client.HTTPException) as error:  # also where a server talks nonsense
         part.unlink(missing_ok=True)
         raise UserError(f"{url} cannot be downloaded ({short(error)}): fetch it later and save it as {path}") from error
     return path
@@ -707,17 +708,25 @@ def evaluation_maze(data, maze: list) -> list:
 def load_minari(task: Task) -> Batch:
     """All transitions of a Minari data set. AntMaze is read as D4RL meant it: the goal ends an episode, terminal."""
     parts = []
-    for episode in task.data.iterate_episodes():
-        state = flatten(task.space, episode.observations[task.key] if task.key else episode.observations)
-        action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, np.float64)
-        terminal, n = np.array(episode.terminations, np.float32), len(reward)
-        if not len(state) - 1 == len(action) == len(terminal) == n:
-            lengths = f"{len(state)} observations, {len(action)} actions, {n} rewards, {len(terminal)} terminations"
-            raise UserError(f"{task.dataset_id} has arrays of unequal length: episode {episode.id} has {lengths}")
-        if task.domain == "antmaze" and (reward > 0).any():
-            n = int(np.argmax(reward > 0)) + 1
-            terminal[n - 1] = 1
-        parts.append((state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+    try:
+        for episode in task.data.iterate_episodes():
+            try:
+                state = flatten(task.space, episode.observations[task.key] if task.key else episode.observations)
+            except ValueError as error:
+                raise UserError(f"{task.dataset_id} has arrays of unequal length: {short(error)}") from error
+            action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, np.float64)
+            terminal, n = np.array(episode.terminations, np.float32), len(reward)
+            if not len(state) - 1 == len(action) == len(terminal) == n:
+                lengths = f"{len(state)} observations, {len(action)} actions, {n} rewards, {len(terminal)} terminations"
+                raise UserError(f"{task.dataset_id} has arrays of unequal length: episode {episode.id} has {lengths}")
+            if task.domain == "antmaze" and (reward > 0).any():
+                n = int(np.argmax(reward > 0)) + 1
+                terminal[n - 1] = 1
+            parts.append((state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+    except UserError:
+        raise
+    except Exception as error:  # whatever h5py meets in a damaged file
+        raise UserError(f"{task.dataset_id} cannot be read ({short(error)}): delete it and fetch it again") from error
     return Batch(*map(np.concatenate, zip(*parts))) if parts else Batch(*[np.empty(0)] * 5)
 
 
@@ -727,11 +736,11 @@ def load_hdf5(task: Task) -> Batch:
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
     try:
-        with h5py.File(task.data) as file:
-            rows = {key: file[key][()] for key in keys if key in file}
+        with quiet(), h5py.File(task.data) as file:
+            rows = {key: np.asarray(file[key][()], np.float64) for key in keys if key in file}
     except FileNotFoundError:
         raise UserError(f"--dataset {task.data} does not exist") from None
-    except (OSError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # h5py raises many
         raise UserError(f"{task.data} is not a whole HDF5 file ({short(error)}): fetch it again") from error
     if missing := [key for key in keys if key not in rows]:
         raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
@@ -740,9 +749,9 @@ def load_hdf5(task: Task) -> Batch:
     wanted = dict.fromkeys(keys, (n,)) | dict(observations=(n, task.state_dim), actions=(n, len(task.low)))
     if found != wanted:
         raise UserError(f"{task.data} does not fit {task.spec.id}: its arrays are {found}, expected {wanted}")
-    keep = ~rows["timeouts"][:-1].astype(bool)
-    state, action, reward, terminal = (rows[key] for key in keys[:-1])
-    return Batch(*(x[keep] for x in (state[:-1], action[:-1], reward[:-1], state[1:], terminal[:-1])))
+    state, action, reward, terminal, timeout = rows.values()
+    keep = timeout[:-1] == 0
+    return Batch(*(x[keep] for x in (state[:-1], action[:-1], reward[:-1], state[1:], np.sign(np.abs(terminal[:-1])))))
 
 
 def load_data(task: Task, args: Args) -> Batch:
@@ -752,7 +761,7 @@ def load_data(task: Task, args: Args) -> Batch:
     if len(data.reward) == 0:
         raise UserError(f"{task.dataset_id} is empty: it holds no transition")
     for name, values in data._asdict().items():
-        if not np.isfinite(values).all():
+        if not (np.abs(values) <= np.finfo(np.float32).max).all():
             raise UserError(f"{task.dataset_id} has NaN or infinity among its {name} values")
     action = 2 * (data.action - task.low) / (task.high - task.low) - 1
     if (most := np.abs(action).max()) > 1 + 1e-3:
@@ -911,7 +920,8 @@ class Agent:
         self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
         options = dict(fused=True, capturable=torch.device(device).type == "cuda")
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr, **options)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=TOY_CRITIC_LR if toy else CRITIC_LR, **options)
+        critic_lr = TOY_CRITIC_LR if toy else CRITIC_LR
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=critic_lr, **options)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured update counts too
         self.functions = sample_actions, critic_loss, policy_loss
         if args.compile:
@@ -1095,7 +1105,7 @@ def train(args: Args) -> int:
     """Algorithm 1, and what a run leaves. Returns the exit status: 0, 1 if a loss diverged, 130 after Ctrl-C."""
     folder = RunFolder(args)
     saved = folder.load_checkpoint() if args.resume else None
-    if saved is None and folder.path.exists():
+    if saved is None and os.path.exists(folder.path):
         raise UserError(f"the run folder {folder.path} exists: --resume goes on with it, --run-dir names another")
     if saved and (folder.path / "result.json").exists() and saved["step"] >= args.num_steps:
         print(f"{folder.path} is finished, with {saved['step']} updates")
@@ -1140,6 +1150,8 @@ def train(args: Args) -> int:
         content = policy | progress | dict(generator=generator.get_state(), agent=agent.state_dict())
         folder.replace("checkpoint.pt", lambda path: torch.save(content, path))
 
+    if not saved:
+        save()  # from here on, --resume works whenever the run is cut off
     if args.device.startswith("cuda"):
         learn = Captured(learn)
     bar = tqdm(total=args.num_steps, initial=step, unit="update", disable=None)
@@ -1149,9 +1161,9 @@ def train(args: Args) -> int:
             due = due and not (folder.rows and folder.rows[-1]["step"] == step)
             if step > first and (due or stops or step % LOG_EVERY == 0):
                 losses = dict(zip(METRICS, latest.tolist()))  # only here does the loop wait for the device
-                if not totals.isfinite().all():
-                    path = folder.path / "checkpoint.pt"
-                    good = f"{path} is the last good checkpoint" if path.exists() else "there is no checkpoint yet"
+                state = totals, *agent.policy.parameters(), *agent.critics.parameters()
+                if not all(x.isfinite().all() for x in state):
+                    good = f"{folder.path / 'checkpoint.pt'} is the last good checkpoint"
                     print(f"erdp: a loss is NaN or infinite at or just before update {step}: {good}", file=sys.stderr)
                     return 1
                 for name, value in losses.items():
@@ -1190,25 +1202,28 @@ def train(args: Args) -> int:
 
 
 def draw_curve(path: Path, rows: list[dict], agent: Agent, data: Batch):
-    """A picture of score over updates; for the toy, the three panels of Figure 1."""
+    """A picture of score (for the toy, return) over updates; for the toy, the three panels of Figure 1."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     toy = agent.args.env == "toy"
+    measure = "return" if toy else "score"
     figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
     curve = axes[0, 1] if toy else axes[0, 0]
-    steps, mean, std = np.array([[row[key] for row in rows] for key in ("step", "score_mean", "score_std")])
+    steps, mean, std = np.array([[row[key] for row in rows] for key in ("step", f"{measure}_mean", f"{measure}_std")])
     curve.plot(steps, mean)
     curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
     title = f"{agent.args.env}, seed {agent.args.seed}"
-    curve.set(xlabel="updates", ylabel="score ± deviation over episodes", title=title)
+    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=title)
     if toy:
         x = np.linspace(-2, 2, 401)
         axes[0, 0].plot(x, ToyEnv.reward(x))
-        axes[0, 0].set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
-        axes[0, 0].twinx().hist(data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+        axes[0, 0].set(xlabel="state", ylabel="reward", title="Reward and data")
+        density = axes[0, 0].twinx()
+        density.hist(data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+        density.set(ylabel="density of the states in the data")
         action = torch.linspace(-1, 1, 201)[:, None]
         with torch.no_grad():
             q = agent.critics(torch.zeros(201, 2).to(data.action), action.to(data.action)).cpu()  # (M, 201)
@@ -1255,7 +1270,7 @@ def parse(argv: list[str]) -> Args:
     least["num_diffusion_steps"] = 3 if args.variant == "released" else 2  # its entropy term uses the times 1, 2, T
     for name, bound in least.items():
         value, above = getattr(args, name), name in ("lr", "grad_norm")
-        if not bound <= value < math.inf or (above and value == bound):
+        if not bound <= value < (2**63 if name == "seed" else math.inf) or (above and value == bound):
             flag, where = "--" + name.replace("_", "-"), " with --variant released" if bound == 3 else ""
             raise UserError(f"{flag} is {value} but must be {'more than' if above else 'at least'} {bound}{where}")
     if args.checkpoint and not args.eval_only:
@@ -1299,4 +1314,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
     sys.exit(main())

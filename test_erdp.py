@@ -14,26 +14,46 @@ comparisons of the test.
     pytest -m "not slow"    # the quick part, which alone catches a wrong equation
 """
 
+import contextlib
 import copy
+import csv
+import dataclasses
 import functools
 import inspect
+import json
 import math
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from gymnasium.spaces import Box, Dict, Discrete
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 
 import erdp
-from erdp import Agent, Args, Batch, MeanRevertingSDE, Noise, NoiseNetwork, QEnsemble
+from erdp import Agent, Args, Batch, MeanRevertingSDE, Noise, NoiseNetwork, QEnsemble, UserError
 
 settings.register_profile("erdp", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("erdp")
@@ -1671,3 +1691,1697 @@ def test_defaults_in_signatures_are_the_papers():
     assert (args.max_q_backup, args.eval_every, args.eval_episodes, args.eval_candidates) == (False, 50_000, 100, 50)
     assert (erdp.DISCOUNT, erdp.TARGET_RATE, erdp.CRITIC_LR, erdp.BACKUP_CANDIDATES) == (0.99, 0.005, 3e-4, 10)
     assert (erdp.POLICY_EMA_RATE, erdp.POLICY_EMA_EVERY, erdp.POLICY_EMA_START) == (0.005, 5, 1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recording(list):
+    """Episodes as a Minari data set gives them."""
+
+    def iterate_episodes(self):
+        return iter(self)
+
+
+def episode(number, rewards, ended=False, **changes):
+    """An episode whose state i is (number, i) and whose actions are 0. It ends in a terminal state or by a timeout."""
+    n = len(rewards)
+    states = np.stack([np.full(n + 1, float(number)), np.arange(n + 1.0)], 1)
+    at_end = np.arange(1, n + 1) == n
+    arrays = dict(observations=states, actions=np.zeros((n, 1), np.float32), rewards=np.array(rewards, float))
+    ends = dict(terminations=at_end & ended, truncations=at_end & (not ended))
+    return SimpleNamespace(**dict(id=number, **arrays, **ends) | changes)
+
+
+def task_of(data, domain="gym", space=None, low=(-1,), high=(1,), key=None, env=erdp.ToyEnv) -> erdp.Task:
+    """A task on an HDF5 file or a Recording; its scores 0 and 100 are the returns 2 and 12."""
+    spec, space = gym.envs.registration.EnvSpec("Made-v0", env), space or Box(-9, 9, (2,))
+    return erdp.Task(domain, data, "made-v0", spec, key, space, np.array(low), np.array(high), 2, 12)
+
+
+def load(task, **choices) -> Batch:
+    return erdp.load_data(task, Args(**choices))
+
+
+def transitions(batch: Batch) -> list:
+    """(episode, index, next episode, next index, terminal) of states that are (episode, index)."""
+    return torch.cat([batch.state, batch.next_state, batch.terminal[:, None]], 1).int().tolist()
+
+
+def test_data_minari_pairs_states_within_an_episode_and_keeps_timeouts_apart_from_terminals():
+    data = load(task_of(Recording([episode(0, [1, 2, 3], ended=True), episode(1, [4, 5]), episode(2, [6])])))
+    expected = [[0, 0, 0, 1, 0], [0, 1, 0, 2, 0], [0, 2, 0, 3, 1], [1, 0, 1, 1, 0], [1, 1, 1, 2, 0], [2, 0, 2, 1, 0]]
+    assert transitions(data) == expected, "every step once, with its own episode's next state; a timeout is no terminal"
+    assert data.reward.tolist() == [1, 2, 3, 4, 5, 6], "Gym's rewards are unchanged"
+    assert {x.dtype for x in data} == {torch.float32} and data.reward.shape == data.terminal.shape == (6,)
+
+
+def test_data_antmaze_episodes_end_terminal_at_the_goal_and_nothing_later_is_used():
+    episodes = [
+        episode(0, [0, 0, 1, 1, 0, 1]),  # reached in mid-episode, left and reached again
+        episode(1, [1, 1]),  # reached at the first step
+        episode(2, [0, 0]),  # never reached
+        episode(3, [0, 1]),  # reached at the last step
+        episode(4, [1]),
+        episode(5, [0]),
+    ]
+    data = load(task_of(Recording(episodes), domain="antmaze"))
+    expected = [[0, 0, 0, 1, 0], [0, 1, 0, 2, 0], [0, 2, 0, 3, 1], [1, 0, 1, 1, 1], [2, 0, 2, 1, 0], [2, 1, 2, 2, 0]]
+    expected += [[3, 0, 3, 1, 0], [3, 1, 3, 2, 1], [4, 0, 4, 1, 1], [5, 0, 5, 1, 0]]
+    assert transitions(data) == expected, "AntMaze: the first step at the goal is the episode's last, and terminal"
+    assert data.reward.tolist() == [-2, -2, 2, 2, -2, -2, -2, 2, 2, -2], "AntMaze: 4 (r - 0.5)"
+    elsewhere = load(task_of(Recording(episodes[:1])))
+    assert len(elsewhere.reward) == 6 and not elsewhere.terminal.any(), "other domains go on after a reward"
+
+
+def test_data_rewards_are_scaled_by_domain():
+    rewards = [0.0, 1.0, 1.0, 6.0]
+    recording = Recording([episode(0, rewards[:3]), episode(1, rewards[3:])])
+    std = statistics.pstdev(rewards)
+    expected = dict(gym=rewards, kitchen=rewards, adroit=[(r - 2) / std for r in rewards], antmaze=[-2, 2, 22])
+    for domain, values in expected.items():
+        reward = load(task_of(recording, domain)).reward
+        agree(f"rewards of {domain}", reward, np.array(values, np.float32), rtol=1e-6, atol=1e-7)
+    same = load(task_of(Recording([episode(0, [3, 3])]), "adroit")).reward
+    assert same.tolist() == [0, 0], "equal rewards standardise to 0, not to NaN"
+
+
+BOXES = st.lists(st.integers(1, 3), min_size=1, max_size=2).map(lambda shape: Box(-9, 9, tuple(shape), np.float64))
+DICTS = st.dictionaries(st.sampled_from("abcd"), BOXES, min_size=1, max_size=3)
+NESTED = st.dictionaries(st.sampled_from("wxyz"), BOXES | DICTS.map(Dict), min_size=1, max_size=3).map(Dict)
+
+
+@given(BOXES | NESTED, st.integers(1, 4))
+def test_data_nested_observations_are_flattened_in_gymnasiums_order(space, n):
+    samples = [space.sample() for _ in range(n)]
+
+    def columns(space, samples):
+        if isinstance(space, Box):
+            return np.stack(samples)
+        return {key: columns(part, [sample[key] for sample in samples]) for key, part in space.items()}
+
+    expected = np.stack([gym.spaces.flatten(space, sample) for sample in samples]).astype(np.float32)
+    agree("flattened observations", erdp.flatten(space, columns(space, samples)), expected, atol=0, rtol=0)
+
+
+def test_data_kitchen_takes_the_observation_alone_and_antmaze_all_of_it():
+    parts = {"achieved_goal": {"kettle": np.full((3, 7), 5.0)}, "observation": np.arange(6.0).reshape(3, 2)}
+    space = Dict(achieved_goal=Dict(kettle=Box(-9, 9, (7,))), observation=Box(-9, 9, (2,)))
+    recording = Recording([episode(0, [0, 0], observations=parts)])
+    kitchen = load(task_of(recording, "kitchen", space["observation"], key="observation"))
+    assert kitchen.state.tolist() == [[0, 1], [2, 3]] and kitchen.next_state.tolist() == [[2, 3], [4, 5]]
+    everything = load(task_of(recording, "antmaze", space))
+    assert everything.next_state.tolist() == [[5] * 7 + [2, 3], [5] * 7 + [4, 5]]
+
+
+def fixed_actor(sample, low, high, candidates=1, **choices) -> erdp.Actor:
+    """An actor whose sampler gives the rows of `sample` (C, A) in every state."""
+    critics = SimpleNamespace(weights=[torch.zeros(1, 2 + len(low), 1)])
+    args = Args(eval_candidates=candidates, **choices)
+    actor = erdp.Actor(None, critics, erdp.MeanRevertingSDE(), low, high, args)
+    actor.sample = torch.as_tensor(sample, dtype=torch.float32)
+    return actor
+
+
+@pytest.fixture
+def fixed_samples(monkeypatch):
+    def sample_actions(actor, sde, state, noise, clip_denoised):
+        assert noise.shape == (5, len(state), actor.sample.shape[1]), "the sampler gets T noises a candidate"
+        return actor.sample.repeat(len(state) // len(actor.sample), 1)
+
+    monkeypatch.setattr(erdp, "sample_actions", sample_actions)
+
+
+def play(actor, states, streams=None):
+    actor.policy = actor  # the network that the stand-in sampler is handed
+    return actor(states, streams)
+
+
+BOUNDS = st.tuples(st.floats(-5, 5), st.floats(0.5, 80)).map(lambda b: (b[0], b[0] + b[1]))
+
+
+@given(st.lists(BOUNDS, min_size=1, max_size=3), arrays(np.float64, (4, 1), elements=st.floats(0, 1)))
+def test_data_actions_are_scaled_by_unequal_bounds_and_back(bounds, where):
+    low, high = np.array(bounds).T
+    action = (low + where * (high - low)).clip(low, high)
+    recording = Recording([episode(0, [0] * 4, actions=action)])
+    scaled = load(task_of(recording, low=low, high=high)).action
+    agree("low is -1, high is 1", scaled, np.broadcast_to(2 * where - 1, action.shape), rtol=0, atol=1e-5)
+    actor = fixed_actor(scaled[:1], low, high)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erdp, "sample_actions", lambda network, sde, state, *_: scaled)
+        back = actor(np.zeros((4, 2)))
+    agree("and back", back, action, rtol=1e-5, atol=1e-5 * np.abs(bounds).max())
+    assert ((low <= back) & (back <= high)).all(), "what is played lies within the bounds"
+
+
+@pytest.mark.parametrize("action, scaled", [(1, 1), (1.0009, 1), (-1.0009, -1), (1.0011, None), (-1.0011, None)])
+def test_data_actions_outside_their_bounds_by_more_than_a_thousandth_are_refused_and_less_is_clipped(action, scaled):
+    task = task_of(Recording([episode(0, [0, 0], actions=np.array([[0.5], [action]]))]))
+    if scaled is None:
+        with pytest.raises(UserError, match="made-v0 has actions outside their bounds: 1.001"):
+            load(task)
+    else:
+        assert load(task).action.tolist() == [[0.5], [scaled]]
+
+
+def d4rl_file(path: Path, n: int = 6, **changes) -> Path:
+    """A file in D4RL's layout for Hopper: state i is i, reward i is i, no ends. A change to None drops a key."""
+    column = np.arange(float(n))
+    rows = dict(observations=np.tile(column[:, None], 11), actions=np.zeros((n, 3)), rewards=column)
+    rows |= dict(terminals=np.zeros(n, bool), timeouts=np.zeros(n, bool), next_observations=np.full((n, 11), 77.0))
+    with h5py.File(path, "w") as file:
+        for key, values in (rows | changes).items():
+            if isinstance(values, dict):
+                file.create_group(key)
+            elif values is not None:
+                file[key] = values
+    return path
+
+
+def hopper_task(path: Path) -> erdp.Task:
+    return task_of(path, space=Box(-9, 9, (11,)), low=[-1] * 3, high=[1] * 3)
+
+
+@given(st.lists(st.sampled_from(["", "terminal", "timeout", "both"]), min_size=2, max_size=9))
+def test_data_hdf5_pairs_rows_as_d4rl_does(tmp_path_factory, ends):
+    """Row i with row i + 1, but for timeouts and the last row; terminal rows stay and say so."""
+    terminals, timeouts = ([end in names for end in ends] for names in (("terminal", "both"), ("timeout", "both")))
+    path = d4rl_file(tmp_path_factory.mktemp("d4rl") / "a.hdf5", len(ends), terminals=terminals, timeouts=timeouts)
+    expected = [(i, i + 1, i, terminals[i]) for i in range(len(ends) - 1) if not timeouts[i]]
+    if not expected:
+        with pytest.raises(UserError, match="is empty"):
+            load(hopper_task(path))
+        return
+    data = load(hopper_task(path))
+    assert data.state.shape == data.next_state.shape == (len(expected), 11)
+    found = torch.stack([data.state[:, 10], data.next_state[:, 0], data.reward, data.terminal], 1)
+    assert list(map(tuple, found.tolist())) == expected
+
+
+def local_minari(monkeypatch, local, remote=()):
+    """Minari with these data sets installed and on its server. Returns the list of what was downloaded."""
+    import minari
+
+    downloaded = []
+    monkeypatch.setattr(minari, "list_local_datasets", lambda *_, **__: dict.fromkeys(local))
+    monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: dict.fromkeys(remote))
+    monkeypatch.setattr(minari, "download_dataset", lambda dataset_id, *_, **__: downloaded.append(dataset_id))
+    monkeypatch.setattr(minari, "load_dataset", lambda dataset_id, *_, **__: dataset_id)
+    return downloaded
+
+
+def test_data_minari_takes_the_newest_installed_version_else_the_newest_on_the_server(monkeypatch):
+    local = ["a/maze-v2", "a/maze-v10", "a/maze-v9", "a/maze-play-v99", "b/a/maze-v50", "a/mazes-v70"]
+    downloaded = local_minari(monkeypatch, local, ["a/maze-v11", "a/pen-v8", "a/pen-v11", "a/pen-human-v12"])
+    assert erdp.open_minari("a/maze") == "a/maze-v10", "versions are numbers, and other names are other data sets"
+    assert erdp.open_minari("a/maze-v2") == "a/maze-v2", "a version that is named is taken"
+    assert erdp.open_minari("a/maze-play") == "a/maze-play-v99"
+    assert downloaded == [], "what is installed is not downloaded"
+    assert erdp.open_minari("a/maze-v11") == "a/maze-v11" and erdp.open_minari("a/pen") == "a/pen-v11"
+    assert downloaded == ["a/maze-v11", "a/pen-v11"]
+    for name in ("a/maze-v3", "a/hand"):
+        with pytest.raises(UserError, match=f"{name} is neither in .* nor on the server"):
+            erdp.open_minari(name)
+
+
+MAZE = [[1, 1, 1, 1], [1, "r", 0, 1], [1, "g", 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def collected_in(maze):
+    """A data set that was collected in a maze."""
+    env_spec = SimpleNamespace(id="AntMaze_UMaze-v4", kwargs=dict(maze_map=maze))
+    return SimpleNamespace(env_spec=env_spec, spec=SimpleNamespace(dataset_id="made-v0"))
+
+
+def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mirror_image(capsys):
+    plain = [[c if c == 1 else 0 for c in line] for line in MAZE]
+    assert erdp.evaluation_maze(collected_in(plain), MAZE) == MAZE, "the same walls: start and goal may differ"
+    assert capsys.readouterr().out == ""
+    left_right, up_down = [line[::-1] for line in MAZE], MAZE[::-1]
+    assert erdp.evaluation_maze(collected_in([line[::-1] for line in plain]), MAZE) == left_right
+    assert "made-v0: its evaluation maze is mirrored" in capsys.readouterr().out
+    assert erdp.evaluation_maze(collected_in(plain[::-1]), MAZE) == up_down
+    one_wall_less = [*plain[:-2], [1, 1, 0, 1], plain[-1]]
+    for other in (one_wall_less, [list(line) for line in zip(*plain)], [line[::-1] for line in plain[::-1]]):
+        with pytest.raises(UserError, match="made-v0 was collected in another maze"):
+            erdp.evaluation_maze(collected_in(other), MAZE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Acting and evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+class Ledger(gym.Env):
+    """Episodes of 1 to 7 steps that are recorded in `played`. Odd ones end terminal, even ones by a timeout; step 2 is
+    a success. Observations are nested, action bounds unequal."""
+
+    observation_space = Dict(goal=Box(-9, 9, (1,)), me=Dict(clock=Box(-9, 9, (1,)), place=Box(-9, 9, (2,))))
+    action_space = Box(np.array([-1, 0], np.float32), np.array([3, 0.5], np.float32))
+    played: list = []
+
+    def observe(self):
+        place = self.np_random.normal(size=2).clip(-9, 9).astype(np.float32)
+        clock = np.array([len(self.record["rewards"])], np.float32)
+        return {"goal": np.array([self.length], np.float32), "me": {"clock": clock, "place": place}}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length, self.record = int(self.np_random.integers(1, 8)), dict(seed=seed, rewards=[], ended=False)
+        self.played.append(self.record)
+        return self.observe(), {}
+
+    def step(self, action):
+        assert not self.record["ended"], "an episode that has ended is left alone"
+        assert ((self.action_space.low <= action) & (action <= self.action_space.high)).all()
+        rewards = self.record["rewards"]
+        rewards.append(len(rewards) + float(action[0]) - float(action[1]))
+        self.record["ended"] = ended = len(rewards) == self.length
+        odd = self.length % 2 == 1
+        return self.observe(), rewards[-1], ended and odd, ended and not odd, {"success": float(len(rewards) == 2)}
+
+
+def ledger_task(domain="toy") -> erdp.Task:
+    actions = Ledger.action_space
+    return task_of(None, domain, Ledger.observation_space, actions.low, actions.high, env=Ledger)
+
+
+class Gambler:
+    """Acts by its streams and the clock alone."""
+
+    low, high = Ledger.action_space.low, Ledger.action_space.high
+
+    def __call__(self, state, streams):
+        assert len(state) == len(streams) and state.shape[1] == 4, "flat observations, a stream each"
+        return np.stack([[s.random() * 2 - 1, 0.1 * clock / 9] for s, clock in zip(streams, state[:, 1])])
+
+
+def score(actor, episodes=9, num_envs=None, seed=5, domain="toy") -> dict:
+    Ledger.played.clear()
+    with contextlib.closing(erdp.make_envs(ledger_task(domain), episodes, num_envs)) as envs:
+        return erdp.evaluate(actor, envs, episodes, seed)
+
+
+def table(result) -> list:
+    return sorted(zip(*(result[key].tolist() for key in ("return", "length", "success"))))
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 4, 9])
+def test_evaluation_plays_every_episode_once_and_to_its_end(num_envs):
+    result = score(Gambler(), num_envs=num_envs)
+    assert len(Ledger.played) == 9 and all(record["ended"] for record in Ledger.played)
+    assert len({record["seed"] for record in Ledger.played}) == 9, "every episode has a seed of its own"
+    lengths = [len(record["rewards"]) for record in Ledger.played]
+    assert min(lengths) == 1 and max(lengths) >= 6, "short and long episodes"
+    expected = sorted((sum(r["rewards"]), float(n), float(n >= 2)) for n, r in zip(lengths, Ledger.played))
+    agree("return, length, success of each episode", table(result), expected)
+
+
+def test_evaluation_does_not_depend_on_how_many_environments_step_together():
+    one = score(Gambler(), num_envs=1)
+    for num_envs, domain in ((2, "toy"), (3, "toy"), (9, "toy"), (2, "gym")):  # "gym": in worker processes
+        for key, values in score(Gambler(), num_envs=num_envs, domain=domain).items():
+            agree(f"{key} of the episodes, {num_envs} environments", values, one[key], rtol=0, atol=0)
+    assert len(set(one["return"])) == 9, "no two episodes share a random stream"
+    longer = score(Gambler(), episodes=12)
+    agree("an episode is the same in a longer evaluation", longer["return"][:9], one["return"], rtol=0, atol=0)
+    assert not set(score(Gambler(), seed=6)["return"]) & set(one["return"]), "another seed plays other episodes"
+
+
+def test_evaluation_of_a_diffusion_policy_does_not_depend_on_how_many_environments_step_together():
+    torch.manual_seed(0)
+    actor = Agent(4, 2, Args(env="toy", eval_candidates=4, num_critics=2)).actor(Gambler.low, Gambler.high)
+    one = score(actor, num_envs=1)
+    for num_envs in (2, 9):
+        for key, values in score(actor, num_envs=num_envs).items():
+            agree(f"{key} of the episodes, {num_envs} environments", values, one[key], rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_uses_as_many_environments_as_episodes_at_most():
+    for episodes, num_envs, expected in ((3, 8, 3), (8, 3, 3), (1, None, 1), (10_000, None, 2 * os.cpu_count())):
+        with contextlib.closing(erdp.make_envs(ledger_task(), episodes, num_envs)) as envs:
+            assert envs.num_envs == expected
+
+
+def test_evaluation_stops_when_told_to():
+    with contextlib.closing(erdp.make_envs(ledger_task(), 4)) as envs:
+        answers = iter([[], [], [True]])
+        assert erdp.evaluate(Gambler(), envs, 4, 0, lambda: next(answers)) is None
+
+
+def test_evaluation_reports_mean_deviation_score_success_and_length():
+    result = dict(length=np.array([1.0, 2, 6]), success=np.array([0.0, 1, 1]))
+    result["return"] = np.array([2.0, 7, 12])  # scores 0, 50 and 100
+    row = erdp.summary(task_of(None), result)
+    deviation = math.sqrt(50 / 3)
+    expected = dict(return_mean=7, return_std=deviation, score_mean=50, score_std=10 * deviation)
+    assert row == pytest.approx(expected | dict(success=2 / 3, length=3))
+    assert erdp.in_words(row) == "score 50.0 ± 40.8, return 7.00 ± 4.08, length 3, success 67%"
+    without = erdp.summary(task_of(None), result | dict(success=np.full(3, np.nan)))
+    assert without["success"] is None and "success" not in erdp.in_words(without)
+
+
+def test_evaluation_score_is_d4rls():
+    for env, returns, expected in (
+        ("hopper-medium-v2", 3234.3, 100),
+        ("halfcheetah-medium-v2", -280.178953, 0),
+        ("kitchen-mixed-v0", 3, 75),
+        ("antmaze-umaze-v0", 1, 100),
+        ("walker2d-medium-v2", (1.629008 + 4592.3) / 2, 50),
+    ):
+        task = dataclasses.replace(task_of(None), ref_min=erdp.ROWS[env].ref_min, ref_max=erdp.ROWS[env].ref_max)
+        agree(f"score of {env}", task.score(returns), float(expected), rtol=1e-12)
+
+
+# Values of five candidates by three members, in each of two states, and the value that is drawn by.
+Q = np.array([[[1.0, 0.2, 0.5, 2.0, -1.0], [0.4, 0.3, 0.5, 0.2, 0.0], [0.1, 0.1, 0.2, -0.4, 1.0]], -np.eye(3, 5)])
+CHOOSE = {
+    "lcb": (dict(lcb_coef=0.7), Q.mean(1) - 0.7 * Q.std(1)),
+    "released": (dict(lcb_coef=0.7, variant="released"), Q.mean(1) - 0.7 * Q.std(1, ddof=1)),
+    "min": (dict(pessimism="min"), Q.min(1)),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSE)
+def test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value(name, fixed_samples):
+    """Sees a temperature of 0.8, a value of another state, or a candidate left out (6,000 draws a state)."""
+    choices, value = CHOOSE[name]
+    low, high, N = np.array([-1.0, 0.0]), np.array([3.0, 0.5]), 12_000
+    grid = np.linspace(-1, 1, 5)
+    actor = fixed_actor(np.stack([grid, grid[::-1]], 1), low, high, candidates=5, **choices)
+
+    def critics(state, action):
+        return torch.tensor(Q)[state[:, 0].long(), :, ((action[:, 0] + 1) * 2).round().long()].T  # (M, N * C)
+
+    critics.weights, actor.critics = actor.critics.weights, critics
+    states = np.stack([np.arange(N) % 2, np.zeros(N)], 1)
+    actions = play(actor, states, np.random.default_rng(3).spawn(N))
+    chosen = actions[:, 0] + 1  # candidates 0..4
+    agree("both dimensions are of the same candidate", actions[:, 1], 0.5 - chosen / 8, atol=1e-6)
+    for state in (0, 1):
+        counts = np.bincount(chosen[state::2].round().astype(int), minlength=5)
+        p = scipy.stats.chisquare(counts, scipy.special.softmax(value[state]) * N / 2).pvalue
+        assert p > RATE / 2 / len(CHOOSE), f"{name}, state {state}: {counts}, expected softmax of {value[state]}"
+
+
+def test_actor_with_one_candidate_takes_a_plain_sample(fixed_samples):
+    actor = fixed_actor([[-1.0, 1.0]], np.array([-1.0, 0.0]), np.array([3.0, 0.5]))
+    assert play(actor, np.zeros((2, 2))).tolist() == [[-1, 0.5]] * 2, "the critics, which are none here, are not asked"
+
+
+def actor_of(candidates=6, seed=0, **choices) -> erdp.Actor:
+    torch.manual_seed(seed)
+    agent = Agent(3, 2, Args(env="toy", num_critics=2, eval_candidates=candidates, **choices))
+    return agent.actor(np.array([-1.0, 0.0]), np.array([3.0, 0.5]))
+
+
+@pytest.mark.parametrize("candidates", [1, 6])
+def test_actor_in_a_state_depends_on_its_own_stream_alone(candidates):
+    actor, states = actor_of(candidates), np.random.default_rng(0).normal(size=(5, 3))
+    streams = [np.random.default_rng(seed) for seed in range(5)]
+    together = actor(states, streams)
+    assert together.shape == (5, 2)
+    alone = [actor(states[n : n + 1], [np.random.default_rng(n)])[0] for n in range(5)]
+    agree("action of a state among others and alone", together, np.array(alone), rtol=1e-4, atol=1e-5)
+    assert (actor(states, streams) != together).any(1).all(), "a stream goes on"
+    many = np.zeros((40, 3))
+    assert not np.array_equal(actor(many), actor(many)), "without streams every call is another draw"
+
+
+def test_actors_samples_are_the_samplers():
+    """One candidate a state, with the stream's Gaussians as x_T and the noise of the steps that follow."""
+    actor, states = actor_of(1), torch.zeros(4, 3)
+    noise = np.stack([np.random.default_rng(n).standard_normal((5, 2), np.float32) for n in range(4)], 1)
+    sample = erdp.sample_actions(actor.policy, actor.sde, states, torch.tensor(noise)).detach().double().numpy()
+    found = actor(states.numpy(), [np.random.default_rng(n) for n in range(4)])
+    agree("actions", found, actor.low + (sample + 1) / 2 * (actor.high - actor.low), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_denoised", [True, False])
+def test_actor_clips_x0_hat_as_the_policy_was_trained(clip_denoised, monkeypatch):
+    seen = []
+    sample_actions = erdp.sample_actions
+    monkeypatch.setattr(erdp, "sample_actions", lambda *given: seen.append(given[4]) or sample_actions(*given))
+    actor_of(clip_denoised=clip_denoised)(np.zeros((2, 3)))
+    assert seen == [clip_denoised]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+RUN = "--num-critics 2 --num-steps 12 --eval-every 4 --eval-episodes 2 --eval-candidates 3 --batch-size 8 --device cpu"
+
+
+class PowerCut(Exception):
+    """Ends a run where it stands."""
+
+
+def run(folder, *more) -> int:
+    """A short run of the toy, without its picture, whose losses are read and whose EMA moves within it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erdp, "POLICY_EMA_START", 3)
+        patch.setattr(erdp, "LOG_EVERY", 5)
+        patch.setattr(erdp, "draw_curve", lambda path, *_: path.write_bytes(b"a picture"))
+        return erdp.main([*RUN.split(), "--run-dir", str(folder), *more])
+
+
+def cut(folder, step, how, *more) -> int:
+    """A run in which something happens when `step` updates are done."""
+    update = erdp.update
+
+    def disturbed(agent, *rest):
+        if agent.updates == step:
+            how()
+        return update(agent, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erdp, "update", disturbed)
+        return run(folder, *more)
+
+
+def power_cut(folder, step, *more):
+    def fail():
+        raise PowerCut
+
+    with pytest.raises(PowerCut):
+        cut(folder, step, fail, *more)
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def checkpoint(folder, name="checkpoint.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def files(folder) -> dict:
+    """What a folder holds, byte by byte."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def outcome(folder) -> dict:
+    """All that a run learnt and measured, clocks and settings that may change aside."""
+    with open(folder / "metrics.csv", newline="") as file:
+        lines = [dict(line, seconds="") for line in csv.DictReader(file)]
+    saved, policy = checkpoint(folder), checkpoint(folder, "policy.pt")
+    rows = [dict(row, seconds=0) for row in saved["rows"]]
+    kept = {key: saved[key] for key in ("step", "totals", "generator", "agent", "about", "low", "high")}
+    result = json.loads((folder / "result.json").read_text())
+    return kept | dict(result=result, lines=lines, rows=rows, policy=policy["agent"])
+
+
+def assert_same(claim, ours, theirs):
+    """Equal bit for bit, through nested dicts and lists."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), f"{claim}: {ours.keys()}, expected {theirs.keys()}"
+        for key in ours:
+            assert_same(f"{claim}, {key}", ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), f"{claim}: {len(ours)} entries, expected {len(theirs)}"
+        for k, pair in enumerate(zip(ours, theirs)):
+            assert_same(f"{claim}, {k}", *pair)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), f"{claim}: {ours}, expected {theirs}"
+    else:
+        assert ours == theirs, f"{claim}: {ours}, expected {theirs}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def unfinished(folder: Path) -> Path:
+    """The folder as it was before its last line was written."""
+    (folder / "result.json").unlink()
+    return folder
+
+
+def test_runs_leave_a_folder(finished):
+    names = sorted(path.name for path in finished.iterdir())
+    assert len(names) == 7 and names[3].startswith("events.out.tfevents."), f"{names}"
+    assert names[:3] + names[4:] == "checkpoint.pt config.json curve.png metrics.csv policy.pt result.json".split()
+
+
+def test_runs_measure_at_every_evaluation_and_at_the_end(finished):
+    result, rows = json.loads((finished / "result.json").read_text()), checkpoint(finished)["rows"]
+    with open(finished / "metrics.csv", newline="") as file:
+        header, *lines = csv.reader(file)
+    measured = "step,return_mean,return_std,score_mean,score_std,success,length".split(",")
+    assert header == [*measured, "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy", "seconds"]
+    assert [line[0] for line in lines] == ["4", "8", "12"] and all(len(line) == len(header) for line in lines)
+    for line, row in zip(lines, rows):
+        assert line == ["" if row[name] is None else str(row[name]) for name in header]
+        assert row["success"] is None and row["length"] == 2, "the toy has no success and episodes of two steps"
+        agree("score of the toy", row["score_mean"], 100 * row["return_mean"] / erdp.ToyEnv.best_return())
+    scores = [row["score_mean"] for row in rows]
+    expected = dict(final=scores[-1], best=max(scores), best_step=4 * (1 + scores.index(max(scores))), steps=12)
+    assert result == expected and len(set(scores)) == 3
+
+
+def test_runs_report_their_final_and_their_best_score(tmp_path, capsys):
+    folder = erdp.RunFolder(Args(run_dir=str(tmp_path)))
+    scores = [(4, 10.0, 3.0), (8, 30.0, 1.0), (12, 30.0, 5.0), (16, 20.0, 9.0)]
+    folder.rows = [dict(step=step, score_mean=mean, score_std=std) for step, mean, std in scores]
+    folder.finish(16)
+    expected = dict(final=20.0, best=30.0, best_step=8, steps=16)
+    assert json.loads((tmp_path / "result.json").read_text()) == expected
+    assert "final score 20.0, best 30.0 at update 8" in capsys.readouterr().out
+
+
+def test_runs_write_down_their_settings(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert {field.name for field in dataclasses.fields(Args)} < config.keys()
+    given = dict(env="toy", num_critics=2, num_steps=12, eval_every=4, batch_size=8, lr=1e-3, run_dir=str(finished))
+    about = dict(dataset_id="toy", transitions=len(erdp.toy_data(0).reward), state_dim=2, action_dim=1, device="cpu")
+    expected = given | about
+    assert {key: config[key] for key in expected} == expected and "CPU" in config["device_name"]
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"].keys() > {"numpy", "minari", "mujoco"}
+    for name in ("checkpoint.pt", "policy.pt"):
+        assert checkpoint(finished, name)["args"] == {key: config[key] for key in checkpoint(finished, name)["args"]}
+
+
+def test_runs_log_for_tensorboard(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished))
+    events.Reload()
+    scores = [(event.step, event.value) for event in events.Scalars("score")]
+    agree("scores", scores, [(row["step"], row["score_mean"]) for row in checkpoint(finished)["rows"]], rtol=1e-6)
+    for name in erdp.METRICS:
+        assert [event.step for event in events.Scalars(f"losses/{name}")] == [4, 5, 8, 10, 12]
+
+
+def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch):
+    values = iter(range(1, 13))
+    monkeypatch.setattr(erdp, "update", lambda *_: next(values) * torch.tensor([1.0, 10, 100, 2, 3, 4]))
+    assert run(tmp_path / "run", "--eval-every", "5") == 0
+    rows = checkpoint(tmp_path / "run")["rows"]
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    for row, mean in zip(rows, (3, 8, 11.5)):
+        found = [row[name] for name in ("critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy")]
+        assert found == [mean, 10 * mean, 100 * mean, 2 * mean, 3 * mean, 4 * mean]
+
+
+def test_runs_of_a_seed_are_equal_and_of_two_seeds_not(finished, tmp_path):
+    torch.manual_seed(99)  # what happened in the process before does not matter
+    assert run(tmp_path / "again") == 0 and run(tmp_path / "other", "--seed", "1") == 0
+    assert_same("two runs of a seed", outcome(tmp_path / "again"), outcome(finished))
+    theirs, ours = outcome(tmp_path / "other"), outcome(finished)
+    for key in ("policy", "critics", "policy_ema", "critics_target"):
+        pairs = zip(ours["agent"][key].values(), theirs["agent"][key].values())
+        assert not any(torch.equal(*pair) for pair in pairs if pair[0].unique().numel() > 2), f"{key} of two seeds"
+    assert not torch.equal(ours["generator"], theirs["generator"])
+    assert ours["rows"][0]["return_mean"] != theirs["rows"][0]["return_mean"]
+    begun = []
+    for seed in "01":  # two updates, before the EMA has left the initial weights
+        assert run(tmp_path / f"begun {seed}", "--seed", seed, "--num-steps", "2") == 0
+        begun.append(checkpoint(tmp_path / f"begun {seed}")["agent"]["policy_ema"])
+    assert not any(map(torch.equal, begun[0].values(), begun[1].values())), "two seeds begin with other weights"
+
+
+def test_runs_learn_the_same_however_often_and_long_they_are_evaluated(finished, tmp_path):
+    assert run(tmp_path / "run", "--eval-every", "1", "--eval-episodes", "3", "--eval-candidates", "1") == 0
+    assert len(checkpoint(tmp_path / "run")["rows"]) == 12
+    for key in ("agent", "generator"):
+        assert_same(f"{key} of a run with more evaluations", outcome(tmp_path / "run")[key], outcome(finished)[key])
+
+
+CUTS = st.dictionaries(st.integers(4, 11), st.sampled_from(["power cut", "Ctrl-C"]), min_size=1, max_size=3)
+
+
+@settings(max_examples=3, phases=[Phase.generate])  # shrinking would take minutes
+@given(CUTS, st.sampled_from([None, 1, 3]))
+def test_runs_resumed_equal_an_uninterrupted_one_bit_for_bit(finished, tmp_path_factory, cuts, early):
+    """Cut at random steps: early by Ctrl-C, before there is any evaluation, and later in either way."""
+    folder, resume = tmp_path_factory.mktemp("cut") / "run", []
+    if early:
+        assert cut(folder, early, ctrl_c) == 130 and checkpoint(folder)["step"] == early + 1
+        resume = ["--resume"]
+    for step, how in sorted(cuts.items()):
+        if how == "Ctrl-C":
+            assert cut(folder, step, ctrl_c, *resume) == 130
+            assert checkpoint(folder)["step"] == step + 1, "Ctrl-C saves after the update in which it comes"
+        else:
+            power_cut(folder, step, *resume)
+        assert not (folder / "result.json").exists(), "result.json marks a finished run"
+        resume = ["--resume"]
+    assert run(folder, *resume) == 0
+    assert_same(f"cut at {cuts}", outcome(folder), outcome(finished))
+
+
+def test_runs_stopped_in_an_evaluation_record_nothing_of_it(finished, tmp_path, monkeypatch):
+    act, calls = erdp.Actor.__call__, []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 3:  # the first step of the second evaluation
+            ctrl_c()
+        return act(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(erdp.Actor, "__call__", interrupted)
+        assert run(tmp_path / "run") == 130
+    saved = checkpoint(tmp_path / "run")
+    assert (saved["step"], [row["step"] for row in saved["rows"]]) == (8, [4])
+    assert run(tmp_path / "run", "--resume") == 0
+    assert_same("stopped in an evaluation", outcome(tmp_path / "run"), outcome(finished))
+
+
+def test_runs_end_at_once_at_a_second_ctrl_c_and_put_its_handler_back(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert cut(tmp_path / "run", 6, lambda: (ctrl_c(), ctrl_c())) == 130
+    assert checkpoint(tmp_path / "run")["step"] == 4, "nothing is saved at once"
+    assert signal.getsignal(signal.SIGINT) is before
+    assert cut(tmp_path / "run", 6, ctrl_c, "--resume") == 130 and signal.getsignal(signal.SIGINT) is before
+    said = capsys.readouterr()
+    assert "stopped at update 7: --resume goes on" in said.out and said.err == ""
+
+
+def test_runs_keep_their_checkpoint_when_cut_while_writing_the_next(finished, tmp_path, monkeypatch):
+    save = torch.save
+
+    def half(content, path):
+        save(content, path)
+        if content.get("step") == 8:
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(PowerCut):
+            run(tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["step"] == 4, "files are replaced as a whole"
+    assert run(tmp_path / "run", "--resume") == 0
+    assert_same("cut while saving", outcome(tmp_path / "run"), outcome(finished))
+
+
+def test_runs_that_are_finished_say_so(copied, capsys):
+    before = files(copied)
+    for steps in ("12", "11"):
+        assert run(copied, "--resume", "--num-steps", steps) == 0
+        said = capsys.readouterr()
+        assert said.out == f"{copied} is finished, with 12 updates\n" and said.err == ""
+    assert files(copied) == before
+
+
+def test_runs_can_be_extended(finished, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, "--num-steps", "8") == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 8
+    assert cut(folder, 9, ctrl_c, "--resume") == 130
+    assert not (folder / "result.json").exists(), "an extended run is not finished"
+    assert json.loads((folder / "config.json").read_text())["num_steps"] == 12
+    assert run(folder, "--resume") == 0
+    assert_same("8 updates and 4 more", outcome(folder), outcome(finished))
+
+
+def test_runs_end_with_an_evaluation_wherever_they_end(finished, tmp_path):
+    assert run(tmp_path / "run", "--num-steps", "10") == 0
+    assert run(tmp_path / "run", "--resume") == 0
+    assert [row["step"] for row in checkpoint(tmp_path / "run")["rows"]] == [4, 8, 10, 12]
+    assert_same("10 updates and 2 more", outcome(tmp_path / "run")["agent"], outcome(finished)["agent"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("step, last", [(2, 0), (5, 4), (11, 8)])
+def test_runs_stop_where_a_loss_is_not_finite_and_never_save_it(bad, step, last, tmp_path, monkeypatch, capsys):
+    values = iter([1.0] * step + [bad] + [1.0] * 12)
+    monkeypatch.setattr(erdp, "update", lambda *_: torch.tensor([1.0, 1, next(values), 1, 1, 1]))
+    folder = tmp_path / "run"
+    assert run(folder) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("erdp: a loss is NaN or infinite ") and said.count("\n") == 1
+    assert step < int(re.search(r"update (\d+)", said)[1]) <= step + 4
+    assert not (folder / "result.json").exists() and not (folder / "policy.pt").exists()
+    assert f"{folder / 'checkpoint.pt'} is the last good checkpoint" in said
+    assert checkpoint(folder)["step"] == last and checkpoint(folder)["totals"].isfinite().all()
+
+
+def test_runs_do_not_save_weights_that_the_last_update_made_nan(tmp_path, monkeypatch, capsys):
+    def spoil(agent, *_):
+        agent.policy.layers[0].bias.data[0] = math.nan
+        return torch.ones(6)
+
+    monkeypatch.setattr(erdp, "update", spoil)
+    assert run(tmp_path / "run") == 1 and "NaN" in capsys.readouterr().err
+    assert checkpoint(tmp_path / "run")["step"] == 0
+
+
+def test_runs_can_be_resumed_from_their_very_beginning(finished, tmp_path, monkeypatch):
+    """A run that is killed before its first evaluation has its initial weights to go on from."""
+    with monkeypatch.context() as patch:
+        patch.setattr(erdp, "update", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["step"] == 0
+    assert run(tmp_path / "run", "--resume") == 0
+    assert_same("a run from its first checkpoint", outcome(tmp_path / "run"), outcome(finished))
+
+
+def test_runs_do_not_save_a_nan_at_ctrl_c_either(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(erdp, "update", lambda *_: ctrl_c() or torch.full((6,), math.nan))
+    assert run(tmp_path / "run") == 1
+    assert "NaN" in capsys.readouterr().err and checkpoint(tmp_path / "run")["step"] == 0
+
+
+def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
+    assert erdp.main([*RUN.split(), "--run-dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    reward, curve, q, density = figures[0].axes
+    x, y = reward.lines[0].get_data()
+    agree("the reward", y, erdp.ToyEnv.reward(x))
+    assert len(density.patches) == 60, "the data's density, beside it"
+    returns = [(row["step"], row["return_mean"]) for row in checkpoint(tmp_path / "run")["rows"]]
+    agree("the return while training", np.array(curve.lines[0].get_data()).T, returns)
+    mean, below = (line.get_ydata() for line in q.lines)
+    assert len(q.collections) == 1 and (np.asarray(below) <= np.asarray(mean)).all(), "Q, its spread, and its LCB below"
+
+
+def test_toy_data_is_unbalanced_and_follows_the_environment():
+    data, env = erdp.toy_data(3), erdp.ToyEnv()
+    again, other = erdp.toy_data(3), erdp.toy_data(4)
+    assert all(np.array_equal(a, b) for a, b in zip(data, again)) and not np.array_equal(data.action, other.action)
+    assert len(data.reward) >= 400 and np.abs(data.action).max() <= 1
+    for first in range(0, 40, 2):
+        state, _ = env.reset()
+        for row in (first, first + 1):
+            agree("state", data.state[row], np.asarray(state, float), rtol=1e-5, atol=1e-6)
+            state, reward, terminal, truncated, _ = env.step(data.action[row])
+            agree("next state", data.next_state[row], np.asarray(state, float), rtol=1e-5, atol=1e-6)
+            assert reward == pytest.approx(data.reward[row], rel=1e-5)
+            assert terminal == data.terminal[row] and not truncated
+    end = data.next_state[1::2, 0]
+    assert (end < 0).mean() > 0.6 and 0 < (end > 0.8).mean() < 0.2, "most of the data is away from the high reward"
+    best = max(env.reward(a) + env.reward(a + b) for a in np.linspace(-1, 1, 101) for b in np.linspace(-1, 1, 101))
+    assert env.best_return() == pytest.approx(best, rel=1e-3)
+
+
+def test_load_policy_acts_as_the_trained_agent(finished):
+    saved = checkpoint(finished)
+    agent = Agent(2, 1, Args(**saved["args"]))
+    agent.load_state_dict(saved["agent"])
+    states = np.random.default_rng(0).normal(size=(4, 2))
+
+    def actions(actor):
+        return actor(states, [np.random.default_rng(n) for n in range(4)])
+
+    acting = agent.actor(np.array([-1.0]), np.array([1.0]))
+    assert acting.policy is agent.policy and acting.critics is agent.critics_target, "online policy, target ensemble"
+    expected = actions(acting)
+    for name in ("policy.pt", "checkpoint.pt"):
+        actor = erdp.load_policy(finished / name)
+        agree(f"actions of {name}", actions(actor), expected, rtol=0, atol=0)
+        assert actor.args.eval_candidates == 3 and actor.sizes == (2, 1) and not actor.args.compile
+        assert erdp.load_policy(finished / name, candidates=7).args.eval_candidates == 7
+
+
+def test_readmes_snippet_acts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert erdp.main([*RUN.split(), "--num-steps", "2"]) == 0, "a run's default folder"
+    snippet = re.search(r"```python\n(.*?)```", Path(erdp.__file__).with_name("README.md").read_text(), re.DOTALL)[1]
+    capsys.readouterr()
+    names = {}
+    exec(snippet, names)
+    actions = names["policy"](names["states"])
+    assert actions.shape == (len(names["states"]), 1) and (np.abs(actions) <= 1).all()
+    assert capsys.readouterr().out.count("[") == len(actions) + 1, "it prints an action a row"
+
+
+def test_eval_only_scores_a_policy_and_writes_nothing(finished, capsys):
+    before = files(finished)
+    last = checkpoint(finished)["rows"][-1]
+    for more in ([], ["--checkpoint", str(finished / "checkpoint.pt")]):
+        assert run(finished, "--eval-only", *more) == 0
+        assert capsys.readouterr().out.strip().endswith(erdp.in_words(last)), "the run's own last evaluation, again"
+    assert files(finished) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets and environments, end to end
+# ---------------------------------------------------------------------------------------------------------------------
+SHORT = "--num-critics 2 --num-steps 4 --eval-every 2 --eval-episodes 3 --eval-candidates 2 --batch-size 4 --device cpu"
+
+
+@pytest.fixture
+def minari_root(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari").mkdir()
+    return tmp_path / "minari"
+
+
+def spec_of(entry_point, steps=3, **kwargs):
+    """An environment as Minari writes it down."""
+    return gym.envs.registration.EnvSpec("Made-v0", entry_point, max_episode_steps=steps, kwargs=kwargs)
+
+
+def make_minari(env, episodes=2, steps=4, eval_env=None, actions=None, rewards=None, **more) -> str:
+    """A Minari data set of random numbers in the spaces of an environment."""
+    with erdp.quiet():
+        import minari
+        from minari.data_collector import EpisodeBuffer
+
+        made = gym.make(env)
+        space, buffers = made.observation_space, []
+        for number in range(episodes):
+            ends, observations = [False] * (steps - 1) + [True], [space.sample() for _ in range(steps + 1)]
+            rows = dict(rewards=rewards or [0.5] * steps, terminations=[False] * steps, truncations=ends)
+            rows["actions"] = actions or [made.action_space.sample() for _ in range(steps)]
+            buffers.append(EpisodeBuffer(id=number, observations=columns_of(space, observations), infos={}, **rows))
+        minari.create_dataset_from_buffers("made/data-v0", buffers, env=env, eval_env=eval_env, **more)
+    return "made/data-v0"
+
+
+def columns_of(space, samples):
+    if isinstance(space, Dict):
+        return {key: columns_of(part, [sample[key] for sample in samples]) for key, part in space.items()}
+    return samples
+
+
+LEDGER = f"{__name__}:Ledger"
+
+
+def test_run_on_a_tiny_minari_data_set(minari_root, tmp_path, capsys):
+    """From data to score, with nested observations, unequal action bounds and the data set's own reference scores."""
+    dataset, folder = make_minari(spec_of(LEDGER), ref_min_score=2.0, ref_max_score=12.0), tmp_path / "run"
+    argv = [*SHORT.split(), "--dataset", dataset, "--run-dir", str(folder)]
+    assert erdp.main(argv) == 0
+    config, rows = json.loads((folder / "config.json").read_text()), checkpoint(folder)["rows"]
+    found = [config[key] for key in ("dataset_id", "transitions", "state_dim", "action_dim", "env", "loss")]
+    assert found == ["made/data-v0", 8, 4, 2, "made/data-v0", "likelihood"], "Gym's settings"
+    assert [row["step"] for row in rows] == [2, 4] and {row["success"] for row in rows} <= {0, 1 / 3, 2 / 3, 1}
+    for row in rows:
+        agree("score", row["score_mean"], 100 * (row["return_mean"] - 2) / 10)
+        assert 1 <= row["length"] <= 3, "the environment's time limit is kept"
+    capsys.readouterr()
+    assert erdp.main([*argv, "--eval-only"]) == 0
+    assert erdp.in_words(rows[-1]) in capsys.readouterr().out
+    actor = erdp.load_policy(folder / "policy.pt")
+    assert (actor.low.tolist(), actor.high.tolist()) == ([-1, 0], [3, 0.5])
+
+
+def test_data_set_without_reference_scores_reports_its_return(minari_root, capsys):
+    task = erdp.open_task(erdp.parse(["--dataset", make_minari(spec_of(LEDGER)), "--device", "cpu"]))
+    assert "made/data-v0 has no reference scores: its score is the return" in capsys.readouterr().out
+    assert task.score(7.5) == 7.5 and task.spec.max_episode_steps == 3
+
+
+UMAZE = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
+MIRRORED = [[1, 1, 1, 1, 1], [1, "r", 0, 0, 1], [1, 1, 1, 0, 1], [1, "g", 0, 0, 1], [1, 1, 1, 1, 1]]
+
+
+@pytest.fixture
+def antmaze(minari_root):
+    """Makes an AntMaze set that was collected in a maze (None: the environment's own) and is evaluated in UMAZE."""
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+
+    def make(collected, **more):
+        spec = gym.spec("AntMaze_UMaze-v4")
+        kwargs = dict(continuing_task=True, reset_target=False)
+        walls = {"maze_map": collected} if collected else {}
+        env = dataclasses.replace(spec, max_episode_steps=4, kwargs=spec.kwargs | kwargs | walls)
+        eval_env = dataclasses.replace(env, kwargs=env.kwargs | dict(maze_map=UMAZE))
+        return make_minari(env, eval_env=eval_env, **more)
+
+    return make
+
+
+def test_run_on_a_tiny_antmaze_data_set_is_mirrored_and_ends_at_the_goal(antmaze, tmp_path, capsys):
+    dataset, folder = antmaze(None, rewards=[0.0, 1.0, 1.0, 0.0]), tmp_path / "run"
+    argv = [*SHORT.split(), "--env", "antmaze-umaze-diverse-v0", "--dataset", dataset, "--run-dir", str(folder)]
+    assert erdp.main(argv) == 0
+    said = capsys.readouterr()
+    assert "made/data-v0: its evaluation maze is mirrored here" in said.out and said.err == ""
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["transitions"], config["state_dim"], config["action_dim"]) == (4, 31, 8), "two steps an episode"
+    args = erdp.parse(argv)
+    task = erdp.open_task(args)
+    assert task.spec.kwargs["maze_map"] == MIRRORED and not task.spec.kwargs["continuing_task"]
+    data = erdp.load_data(task, args)
+    assert data.terminal.tolist() == [0, 1, 0, 1] and data.reward.tolist() == [-2, 2, -2, 2]
+    first = next(iter(task.data.iterate_episodes())).observations
+    flat = np.concatenate([first[key][0] for key in ("achieved_goal", "desired_goal", "observation")])
+    agree("states are goals, then the ant", data.state[0], flat.astype(np.float32), rtol=0, atol=0)
+    with erdp.quiet(), contextlib.closing(gym.make(task.spec)) as env:
+        assert env.unwrapped.maze.maze_map == MIRRORED
+        at_goal = dict(goal_cell=np.array([3, 1]), reset_cell=np.array([3, 1]))
+        ends = []
+        for seed in range(20):
+            env.reset(seed=seed, options=at_goal)
+            _, reward, terminated, *_, info = env.step(np.zeros(8))
+            assert terminated == info["success"] == (reward == 1), "evaluation ends at the goal"
+            ends.append(terminated)
+        assert any(ends)
+
+
+OTHER = [UMAZE[0], UMAZE[1], *UMAZE[3:], [1] * 5]
+
+
+@pytest.mark.parametrize("collected, message", [(UMAZE, None), (OTHER, "another maze")])
+def test_antmaze_is_evaluated_in_the_walls_of_its_data_or_not_at_all(antmaze, capsys, collected, message):
+    argv = ["--env", "antmaze-umaze-v0", "--dataset", antmaze(collected), "--device", "cpu"]
+    if message:
+        with pytest.raises(UserError, match=message):
+            erdp.open_task(erdp.parse(argv))
+    else:
+        task = erdp.open_task(erdp.parse(argv))
+        assert task.spec.kwargs["maze_map"] == UMAZE and capsys.readouterr().out == ""
+        assert (task.ref_min, task.ref_max, task.key) == (0, 1, None)
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Path:
+    if not os.environ.get("ERDP_DATA"):
+        pytest.skip("ERDP_DATA is not set: no folder of recorded data")
+    return Path(os.environ["ERDP_DATA"])
+
+
+def recorded_args(recorded, monkeypatch, env, dataset, *more) -> list[str]:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(recorded / "minari"))
+    return [*SHORT.split(), "--env", env, "--dataset", dataset, *more]
+
+
+@pytest.mark.slow
+def test_recorded_antmaze_has_as_many_transitions_as_counted_by_hand(recorded, monkeypatch):
+    args = erdp.parse(recorded_args(recorded, monkeypatch, "antmaze-umaze-v0", "standin/antmaze/umaze-v0"))
+    data = erdp.load_data(erdp.open_task(args), args)
+    steps = goals = 0
+    with h5py.File(recorded / "minari/standin/antmaze/umaze-v0/data/main_data.hdf5") as file:
+        for name in file:
+            at_goal = np.flatnonzero(file[name]["rewards"][()] == 1)
+            steps += at_goal[0] + 1 if len(at_goal) else len(file[name]["rewards"])
+            goals += len(at_goal) > 0
+    assert 0 < goals < steps
+    assert (len(data.reward), data.terminal.sum(), (data.reward == 2).sum()) == (steps, goals, goals)
+    assert data.state.shape == (steps, 31) and data.terminal[data.reward == 2].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env, dataset, sizes",
+    [
+        ("antmaze-umaze-v0", "standin/antmaze/umaze-v0", (31, 8)),
+        ("kitchen-complete-v0", "standin/kitchen/random-v0", (59, 9)),
+        ("walker2d-medium-v2", "walker2d-medium-v2.hdf5", (17, 6)),
+    ],
+)
+def test_run_on_recorded_data(recorded, monkeypatch, tmp_path, capsys, env, dataset, sizes):
+    source = str(recorded / "standin/d4rl" / dataset) if dataset.endswith("5") else dataset
+    few = ["--run-dir", str(tmp_path / "run"), "--eval-every", "4", "--eval-episodes", "1"]
+    assert erdp.main(recorded_args(recorded, monkeypatch, env, source, *few)) == 0
+    assert capsys.readouterr().err == "", "nothing on stderr, whatever the packages print"
+    about, (row,) = checkpoint(tmp_path / "run")["about"], checkpoint(tmp_path / "run")["rows"]
+    assert (about["state_dim"], about["action_dim"]) == sizes
+    assert row["length"] >= 1 and (row["success"] is None) == (not env.startswith("antmaze"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Checks that main refuses its arguments with status 2 and one sentence, with `words`, and touches nothing."""
+
+    def check(argv, *words, folder=tmp_path / "run"):
+        before = files(folder) if os.path.isdir(folder) else os.path.exists(folder)
+        capsys.readouterr()
+        status = erdp.main([*argv, "--run-dir", str(folder)])
+        said = capsys.readouterr().err
+        assert status == 2, f"status {status}, expected 2 ({said!r})"
+        assert re.fullmatch("erdp: [^\n]+\n", said), f"not one sentence: {said!r}"
+        for word in words:
+            assert word in said, f"{said!r} does not say {word!r}"
+        after = files(folder) if os.path.isdir(folder) else os.path.exists(folder)
+        assert before == after, "the run folder was touched"
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--env", "hoper-medium-v2"], ["hoper-medium-v2", "hopper-medium-v2"]),
+        (["--env", "antmaze-umaze"], ["antmaze-umaze", "antmaze-umaze-v0"]),
+        (["--env", "x"], ["x", "nearest"]),
+        (["--env", "toy", "--dataset", "a.hdf5"], ["a.hdf5", "toy"]),
+        (["--dataset", "a.hdf5"], ["a.hdf5", "--env"]),
+        (["--env", "antmaze-umaze-v0", "--dataset", "a.hdf5"], ["a.hdf5", "--env"]),
+        (["--dataset", "two words"], ["two words", "Minari id"]),
+        (["--dataset", "../data-v0"], ["../data-v0"]),
+        (["--dataset", "a//data-v0"], ["a//data-v0"]),
+        (["--dataset", "data.csv"], ["data.csv", ".hdf5"]),
+        (["--num-steps", "many"], ["--num-steps", "many"]),
+        (["--batch-size", "1.5"], ["--batch-size", "1.5"]),
+        (["--num-steps"], ["--num-steps"]),
+        (["--env"], ["--env"]),
+        (["--nonsense", "3"], ["--nonsense"]),
+        (["stray"], ["stray"]),
+        (["--variant", "other"], ["other", "released"]),
+        (["--num-diffusion-steps", "1"], ["--num-diffusion-steps", "1", "2"]),
+        (["--num-diffusion-steps", "2", "--variant", "released"], ["--num-diffusion-steps", "3", "released"]),
+        (["--device", "cuda:7"], ["cuda:7", "--device cpu"]),
+        (["--device", "gpu"], ["gpu", "cuda"]),
+        (["--device", "meta"], ["meta", "cuda"]),
+        (["--seed", str(2**64)], ["--seed"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--checkpoint", "a.pt"], ["--checkpoint", "--eval-only"]),
+        (["--eval-only"], ["policy.pt"]),
+        (["--eval-only", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_settings_are_refused(argv, words, refused):
+    refused([*RUN.split(), *argv], *words)
+
+
+def test_bad_device_cuda_without_cuda(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused(["--device", "cuda"], "--device cuda", "--device cpu")
+
+
+COUNTS = {"num-steps": 1, "batch-size": 1, "num-critics": 1, "eval-every": 1, "eval-episodes": 1, "eval-candidates": 1}
+COUNTS |= {"num-diffusion-steps": 2, "lcb-coef": 0, "entropy-coef": 0, "eta": 0, "seed": 0}
+
+
+@pytest.mark.parametrize("name", ["lcb-coef", "entropy-coef", "eta"])
+@pytest.mark.parametrize("value", ["-0.001", "nan", "inf"])
+def test_bad_coefficients_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--{name} is {value}"):
+        erdp.parse([f"--{name}={value}"])
+
+
+@settings(max_examples=15)
+@given(st.sampled_from([*COUNTS]), st.integers(1, 10**6), st.sampled_from(["paper", "released"]))
+def test_bad_counts_are_those_below_the_least(name, below, variant):
+    least = 3 if name == "num-diffusion-steps" and variant == "released" else COUNTS[name]
+    argv = ["--variant", variant, f"--{name}"]
+    assert getattr(erdp.parse([*argv, str(least)]), name.replace("-", "_")) == least
+    with pytest.raises(UserError, match=f"--{name} is {least - below}(.0)? but must be at least {least}"):
+        erdp.parse([*argv, str(least - below)])
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(["lr", "grad-norm"]), st.floats(max_value=0) | st.sampled_from([math.nan, math.inf]))
+def test_bad_rates_are_those_that_are_not_positive_and_finite(name, value):
+    with pytest.raises(UserError, match=f"--{name} is .* but must be"):
+        erdp.parse([f"--{name}={value}"])
+
+
+WORDS = st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=8)
+FLAGS = st.sampled_from(["--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)])
+
+
+@given(st.lists(FLAGS | WORDS.filter(lambda word: word not in ("-h", "--help")), min_size=1, max_size=4))
+def test_mangled_settings_are_parsed_or_refused_in_one_line(argv):
+    try:
+        assert isinstance(erdp.parse(argv), Args)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and "│" not in str(error), f"not one sentence: {error}"
+
+
+def hopper_args(path) -> list[str]:
+    return [*SHORT.split(), "--env", "hopper-medium-v2", "--dataset", str(path)]
+
+
+N = 6
+MANGLED = {  # what is changed in a good file of six rows, and what the message must say
+    "no observations": (dict(observations=None), ["lacks observations"]),
+    "no actions": (dict(actions=None), ["lacks actions"]),
+    "no rewards": (dict(rewards=None), ["lacks rewards"]),
+    "no terminals": (dict(terminals=None), ["lacks terminals"]),
+    "no timeouts": (dict(timeouts=None), ["lacks timeouts"]),
+    "fewer observations": (dict(observations=np.zeros((N - 1, 11))), ["(5, 11)", "(6, 11)"]),
+    "more actions": (dict(actions=np.zeros((N + 1, 3))), ["(7, 3)", "(6, 3)"]),
+    "fewer rewards": (dict(rewards=np.zeros(N - 1)), ["(5,)"]),
+    "fewer terminals": (dict(terminals=np.zeros(N - 1)), ["(5,)"]),
+    "more timeouts": (dict(timeouts=np.zeros(N + 1)), ["(7,)"]),
+    "wide observations": (dict(observations=np.zeros((N, 12))), ["(6, 12)", "(6, 11)", "Hopper-v4"]),
+    "wide actions": (dict(actions=np.zeros((N, 4))), ["(6, 4)", "(6, 3)"]),
+    "rewards in a column": (dict(rewards=np.zeros((N, 1))), ["(6, 1)"]),
+    "a number": (dict(rewards=1.0), ["()"]),
+    "a group": (dict(rewards={}), []),
+    "texts": (dict(rewards=["a"] * N), []),
+    "bytes": (dict(timeouts=np.array([b"no"] * N)), []),
+    "NaN observation": (dict(observations=np.full((N, 11), [math.nan] + [0] * 10)), ["NaN or infinity"]),
+    "infinite observation": (dict(observations=np.full((N, 11), [math.inf] + [0] * 10)), ["NaN or infinity"]),
+    "infinite in float32": (dict(observations=np.full((N, 11), 1e39)), ["NaN or infinity"]),
+    "NaN action": (dict(actions=np.full((N, 3), math.nan)), ["NaN or infinity", "action"]),
+    "infinite reward": (dict(rewards=np.full(N, -math.inf)), ["NaN or infinity", "reward"]),
+    "NaN terminal": (dict(terminals=np.full(N, math.nan)), ["NaN or infinity", "terminal"]),
+    "action outside": (dict(actions=np.full((N, 3), 1.1)), ["actions outside their bounds", "1.1"]),
+    "all timeouts": (dict(timeouts=np.ones(N)), ["is empty"]),
+}
+
+
+@pytest.mark.parametrize("name", MANGLED)
+def test_bad_hdf5_content_is_refused(name, refused, tmp_path):
+    changes, words = MANGLED[name]
+    refused(hopper_args(d4rl_file(tmp_path / "a.hdf5", N, **changes)), str(tmp_path / "a.hdf5"), *words)
+
+
+def test_bad_nan_in_the_last_rows_next_state_is_seen(refused, tmp_path):
+    states = np.zeros((N, 11))
+    states[-1, 10] = math.nan  # is only ever a next state
+    refused(hopper_args(d4rl_file(tmp_path / "a.hdf5", observations=states)), "NaN or infinity", "next_state")
+
+
+def test_bad_hdf5_files_are_refused(refused, tmp_path):
+    good = d4rl_file(tmp_path / "good.hdf5").read_bytes()
+    assert erdp.load_data(hopper_task(tmp_path / "good.hdf5"), Args()).reward.tolist() == [0, 1, 2, 3, 4]
+    path = tmp_path / "a.hdf5"
+    refused(hopper_args(path), str(path), "does not exist")
+    for content in (b"", b"observations, actions\n1, 2\n", good[: len(good) // 2], good[:-1]):
+        path.write_bytes(content)
+        refused(hopper_args(path), str(path), "not a whole HDF5 file")
+    for n in (0, 1):
+        refused(hopper_args(d4rl_file(path, n)), str(path), "is empty")
+    (tmp_path / "folder.hdf5").mkdir()
+    refused(hopper_args(tmp_path / "folder.hdf5"), str(tmp_path / "folder.hdf5"))
+
+
+KEYS = "observations", "actions", "rewards", "terminals", "timeouts"
+SHAPES = st.lists(st.sampled_from([0, 1, 3, 6, 11]), max_size=3).map(tuple)
+CONTENT = SHAPES.flatmap(lambda shape: arrays(st.sampled_from([np.float64, np.int8, bool, "S3", np.complex64]), shape))
+
+
+CHANGES = st.dictionaries(st.sampled_from(KEYS), CONTENT | st.none() | st.just({}), max_size=2)
+
+
+@given(CHANGES, st.floats(0, 1) | st.none())
+def test_mangled_hdf5_files_are_read_or_refused_in_one_line(tmp_path_factory, changes, part):
+    """Keys that are missing or of any shape and kind, and the file cut anywhere."""
+    path = d4rl_file(tmp_path_factory.mktemp("mangled") / "a.hdf5", **changes)
+    if part is not None:
+        os.truncate(path, int(part * path.stat().st_size))
+    task = hopper_task(path)
+    try:
+        data = load(task)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1 and str(path) in str(error)
+        return
+    assert {len(column) for column in data} == {len(data.reward)} and all(c.isfinite().all() for c in data)
+
+
+@given(st.sampled_from(KEYS[:3]), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_flipped_bytes_among_an_hdf5_files_numbers_are_read_or_refused(tmp_path_factory, key, where, flip):
+    """In the numbers alone: elsewhere a flipped byte can make the HDF5 library itself crash."""
+    path = d4rl_file(tmp_path_factory.mktemp("flipped") / "a.hdf5")
+    with h5py.File(path) as file:
+        numbers_at = file[key].id.get_offset() + int(where * file[key].nbytes)
+    content = bytearray(path.read_bytes())
+    content[numbers_at] ^= flip
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        assert all(column.isfinite().all() for column in load(hopper_task(path))), "no NaN or infinity gets through"
+
+
+MINARI_CHANGES = {  # what is changed in the file of a good data set, and what the message must say
+    "rewards": (lambda rows: rows[:-1], ["unequal length", "3 rewards"]),
+    "actions": (lambda rows: rows[:-1], ["unequal length", "3 actions"]),
+    "terminations": (lambda rows: rows[:-1], ["unequal length", "3 terminations"]),
+    "observations/goal": (lambda rows: rows[:-1], ["unequal length"]),
+    "observations/me/place": (lambda rows: rows * math.nan, ["NaN or infinity"]),
+}
+
+
+@pytest.mark.parametrize("name", MINARI_CHANGES)
+def test_bad_minari_content_is_refused(name, refused, minari_root):
+    dataset, (change, words) = make_minari(spec_of(LEDGER)), MINARI_CHANGES[name]
+    with h5py.File(minari_root / dataset / "data/main_data.hdf5", "a") as file:
+        rows = file[f"episode_1/{name}"][()]
+        del file[f"episode_1/{name}"]
+        file[f"episode_1/{name}"] = change(rows)
+    refused([*SHORT.split(), "--dataset", dataset], dataset, *words)
+
+
+@pytest.mark.parametrize("name", ["main_data.hdf5", "metadata.json"])
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_bad_minari_files_are_refused(name, part, refused, minari_root, monkeypatch):
+    import minari
+
+    monkeypatch.setattr(minari, "list_remote_datasets", offline)
+    dataset = make_minari(spec_of(LEDGER))
+    path = minari_root / dataset / "data" / name
+    os.truncate(path, int(part * path.stat().st_size))
+    refused([*SHORT.split(), "--dataset", dataset], dataset)
+
+
+class DiscreteEnv(Ledger):
+    action_space = Discrete(2)
+
+
+class UnboundedEnv(Ledger):
+    action_space = Box(-np.inf, np.inf, (2,))
+
+
+class ImageEnv(Ledger):
+    observation_space = Discrete(4)
+
+
+class BrokenEnv(Ledger):
+    def __init__(self, broken=False):
+        assert not broken, "the simulator\nis not installed"
+
+
+@pytest.mark.parametrize(
+    "env, eval_env, words",
+    [
+        ("DiscreteEnv", None, ["continuous", "Discrete(2)"]),
+        ("UnboundedEnv", None, ["bounded"]),
+        ("ImageEnv", None, ["observations", "Discrete(4)"]),
+        ("Ledger", ("BrokenEnv", dict(broken=True)), ["environment", "the simulator"]),
+        ("Ledger", ("DiscreteEnv", {}), ["Discrete(2)"]),
+        ("Ledger", ("ImageEnv", {}), ["Discrete(4)"]),
+        ("Ledger", ("UnboundedEnv", {}), ["bounded"]),
+    ],
+)
+def test_bad_environments_are_refused(env, eval_env, words, refused, minari_root):
+    made = eval_env and spec_of(f"{__name__}:{eval_env[0]}", **eval_env[1])
+    refused([*SHORT.split(), "--dataset", make_minari(spec_of(f"{__name__}:{env}"), eval_env=made)], *words)
+
+
+class WideEnv(Ledger):
+    action_space = Box(-1, 3, (2,))
+
+
+@pytest.mark.parametrize("env", ["hopper-medium-v2", "kitchen-complete-v0", "antmaze-umaze-v0"])
+def test_bad_data_set_of_another_row_is_refused(env, refused, minari_root):
+    refused([*SHORT.split(), "--env", env, "--dataset", make_minari(spec_of(LEDGER))], "made/data-v0")
+
+
+def test_bad_data_set_whose_environment_has_other_bounds_is_refused(refused, minari_root):
+    dataset = make_minari(spec_of(LEDGER), eval_env=spec_of(f"{__name__}:WideEnv"))
+    refused([*SHORT.split(), "--dataset", dataset], dataset, "differ", "[-1.  0.]", "-1.0")
+
+
+def test_bad_minari_actions_outside_their_bounds_are_refused(refused, minari_root):
+    actions = [np.array([3.01, 0.2], np.float32)] * 4
+    refused([*SHORT.split(), "--dataset", make_minari(spec_of(LEDGER), actions=actions)], "outside their bounds")
+
+
+@contextlib.contextmanager
+def hanging():
+    """A function that does not return before the test has ended."""
+    done = threading.Event()
+    try:
+        yield lambda *_, **__: done.wait(60)
+    finally:
+        done.set()
+
+
+def offline(*_, **__):
+    raise ConnectionError("Network is unreachable\nand more")
+
+
+def test_bad_minari_download_fails_with_its_command_and_folder(refused, minari_root, monkeypatch):
+    import minari
+
+    args = [*SHORT.split(), "--env", "pen-human-v1"]
+    assert 0 < erdp.PATIENCE < 30, "a download fails within 30 seconds"
+    monkeypatch.setattr(erdp, "PATIENCE", 0.2)
+    monkeypatch.setattr(minari, "list_remote_datasets", offline)
+    refused(args, "`minari download D4RL/pen/human-v1`", str(minari_root), "Network is unreachable")
+    monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: {"D4RL/pen/human-v2": {}})
+    monkeypatch.setattr(minari, "download_dataset", offline)
+    refused(args, "D4RL/pen/human", "`minari download", str(minari_root), "Network is unreachable")
+    refused([*SHORT.split(), "--dataset", "D4RL/pen/robot-v4"], "D4RL/pen/robot-v4", "neither", str(minari_root))
+    with hanging() as silence:
+        monkeypatch.setattr(minari, "list_remote_datasets", silence)
+        refused(args, "`minari download D4RL/pen/human-v1`", str(minari_root), "no answer in 0.2 s")
+
+
+@contextlib.contextmanager
+def server(reply: bytes, silent_for: float = 0):
+    """An HTTP server on this machine that gives one reply."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(10_000)
+                    connection.sendall(reply)
+                    done.wait(silent_for)
+
+        done, thread = threading.Event(), threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        done.set()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.fixture
+def d4rl_folder(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setattr(erdp, "PATIENCE", 0.3)
+    return tmp_path / "d4rl"
+
+
+OK = b"HTTP/1.0 200 OK\r\n"
+REPLIES = {
+    "silence": (b"", 5),
+    "a stall": (OK + b"Content-Length: 99\r\n\r\nabc", 5),
+    "an end too early": (OK + b"Content-Length: 99\r\n\r\nabc", 0),
+    "no answer": (b"", 0),
+    "no such file": (b"HTTP/1.0 404 Not Found\r\n\r\n", 0),
+    "no length": (OK + b"\r\nabc", 0),
+    "a strange length": (OK + b"Content-Length: many\r\n\r\nabc", 0),
+    "no HTTP": (b"220 ftp.example.org ready\r\n", 0),
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_bad_hdf5_download_fails_with_its_url_and_folder(name, refused, d4rl_folder, monkeypatch):
+    with server(*REPLIES[name]) as address:
+        monkeypatch.setattr(erdp, "D4RL_SERVER", address)
+        began = time.monotonic()
+        path = d4rl_folder / "hopper_medium-v2.hdf5"
+        refused([*SHORT.split(), "--env", "hopper-medium-v2"], f"{address}hopper_medium-v2.hdf5", str(path))
+        assert time.monotonic() - began < 4, "a silent server is not waited for"
+    assert list(d4rl_folder.glob("*")) == [], "no part of a file is left"
+
+
+def test_hdf5_is_downloaded_once(d4rl_folder, monkeypatch, tmp_path):
+    content = d4rl_file(tmp_path / "a.hdf5").read_bytes()
+    args = erdp.parse([*SHORT.split(), "--env", "hopper-medium-v2"])
+    with server(OK + f"Content-Length: {len(content)}\r\n\r\n".encode() + content) as address:
+        monkeypatch.setattr(erdp, "D4RL_SERVER", address)
+        task = erdp.open_task(args)
+    assert [path.name for path in d4rl_folder.iterdir()] == ["hopper_medium-v2.hdf5"]
+    again = erdp.open_task(args)  # the server is gone
+    for opened in (task, again):
+        assert erdp.load_data(opened, args).reward.tolist() == [0, 1, 2, 3, 4]
+        assert (opened.spec.id, opened.ref_max, len(opened.low)) == ("Hopper-v4", 3234.3, 3)
+
+
+CHANGED = ["--seed=1", "--variant=released", "--batch-size=9", "--num-critics=3", "--lcb-coef=1", "--pessimism=min"]
+CHANGED += ["--entropy-coef=0", "--num-diffusion-steps=6", "--schedule=vp", "--loss=posterior", "--lr=0.01", "--eta=2"]
+CHANGED += ["--grad-norm=1", "--max-q-backup", "--no-clip-denoised", "--env=hopper-medium-v2"]
+
+
+def test_bad_resume_with_other_settings_is_refused(refused, copied):
+    unfinished(copied)
+    for flag in CHANGED:
+        name = flag.split("=")[0].replace("--no-", "--")
+        refused([*RUN.split(), "--resume", flag], str(copied / "checkpoint.pt"), name, "--run-dir", folder=copied)
+    flags = {flag.split("=")[0].replace("--no-", "--")[2:].replace("-", "_") for flag in CHANGED}
+    free = {"num_steps", "eval_every", "eval_episodes", "eval_candidates", "device", "compile"}
+    places = {"dataset", "run_dir", "resume", "checkpoint", "eval_only"}
+    assert flags | free | places == {field.name for field in dataclasses.fields(Args)}, "every setting is thought of"
+
+
+def test_bad_resume_without_a_checkpoint_is_refused(refused, tmp_path):
+    refused([*RUN.split(), "--resume"], str(tmp_path / "run" / "checkpoint.pt"), "--resume")
+    (tmp_path / "run").mkdir()
+    refused([*RUN.split(), "--resume"], str(tmp_path / "run" / "checkpoint.pt"), "--resume")
+
+
+def test_bad_resume_past_the_end_is_refused(refused, copied):
+    refused([*RUN.split(), "--resume", "--num-steps", "11"], "12", "--num-steps 11", folder=unfinished(copied))
+
+
+def test_bad_resume_on_data_of_other_sizes_is_refused(refused, copied, monkeypatch):
+    toy_data = erdp.toy_data
+    monkeypatch.setattr(erdp, "toy_data", lambda seed: toy_data(seed, episodes=77))
+    theirs = f"'transitions': {len(toy_data(0).reward)}"
+    refused([*RUN.split(), "--resume"], theirs, "'transitions': 154", folder=unfinished(copied))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, 0.5, -1])
+def test_bad_checkpoint_cut_short_is_refused_and_the_run_survives(keep, refused, copied):
+    path = unfinished(copied) / "checkpoint.pt"
+    size = path.stat().st_size
+    os.truncate(path, int(size * keep) if isinstance(keep, float) else keep % size)
+    refused([*RUN.split(), "--resume"], str(path), "damaged", folder=copied)
+    refused([*RUN.split(), "--eval-only", "--checkpoint", str(path)], str(path), folder=copied)
+
+
+def test_bad_checkpoint_that_is_none_is_refused(refused, copied):
+    path = copied / "checkpoint.pt"
+    for content in (dict(a=1), [1, 2], torch.zeros(3), torch.load(copied / "policy.pt", weights_only=True)):
+        torch.save(content, path)
+        refused([*RUN.split(), "--resume"], str(path), folder=copied)
+    torch.save(dict(a=1), copied / "policy.pt")
+    refused([*RUN.split(), "--eval-only"], str(copied / "policy.pt"), folder=copied)
+
+
+def test_bad_policy_of_another_environment_or_size_is_refused(refused, finished, minari_root, tmp_path):
+    policy = finished / "policy.pt"
+    refused(["--dataset", make_minari(spec_of(LEDGER)), "--eval-only", "--checkpoint", str(policy)], str(policy), "toy")
+    saved = torch.load(policy, weights_only=True)
+    agent = Agent(3, 1, Args(**saved["args"]))
+    saved["about"]["state_dim"], saved["agent"]["policy"] = 3, agent.policy.state_dict()
+    saved["agent"]["critics_target"] = agent.critics_target.state_dict()
+    torch.save(saved, tmp_path / "wide.pt")
+    refused([*RUN.split(), "--eval-only", "--checkpoint", str(tmp_path / "wide.pt")], "(3, 1)", "(2, 1)")
+
+
+def test_bad_run_folder_that_exists_is_refused(refused, copied, tmp_path):
+    refused(RUN.split(), str(copied), "--resume", "--run-dir", folder=copied)
+    (tmp_path / "empty").mkdir()
+    refused(RUN.split(), str(tmp_path / "empty"), "--resume", "--run-dir", folder=tmp_path / "empty")
+
+
+def test_bad_run_folder_that_cannot_be_written_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(RUN.split(), "file", "--run-dir", folder=tmp_path / "file" / "run")
+    refused(RUN.split(), "--run-dir", folder=tmp_path / ("x" * 300))  # longer than any name may be
+
+
+def test_help_shows_the_rows_own_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        erdp.main(["--env", "pen-human-v1", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "3e-05" in said and all("--" + f.name.replace("_", "-") in said for f in dataclasses.fields(Args))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes
+# ---------------------------------------------------------------------------------------------------------------------
+def process(*argv, **options):
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(erdp.__file__).parent))
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen([sys.executable, *map(str, argv)], **pipes | options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--env", "hoper-medium-v2"], "hopper-medium-v2"),
+        (["--env", "hopper-medium-v2", "--dataset", "missing.hdf5"], "missing.hdf5 does not exist"),
+        (["--num-steps", "0"], "--num-steps is 0"),
+    ],
+)
+def test_bad_input_of_a_real_process(argv, words, tmp_path):
+    child = process(erdp.__file__, *argv, cwd=tmp_path)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, out) == (2, ""), f"status {child.returncode}, expected 2: {err}"
+    assert err.startswith("erdp: ") and err.count("\n") == 1 and words in err, f"not one sentence: {err!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys, torch, erdp
+torch.set_num_threads(1)
+erdp.POLICY_EMA_START, update = 3, erdp.update
+def dying(agent, *rest):
+    if agent.updates == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(agent, *rest)
+erdp.update = dying
+erdp.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 10])
+def test_runs_killed_and_resumed_equal_an_uninterrupted_one(step, finished, tmp_path):
+    child = process("-c", KILLED, step, *RUN.split(), "--run-dir", tmp_path / "run")
+    child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL and checkpoint(tmp_path / "run")["step"] == step // 4 * 4
+    assert run(tmp_path / "run", "--resume") == 0
+    assert_same(f"killed at update {step}", outcome(tmp_path / "run"), outcome(finished))
+
+
+@pytest.mark.slow
+def test_runs_stopped_by_ctrl_c_and_resumed_equal_an_uninterrupted_one(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    settings = RUN.replace("--num-steps 12 --eval-every 4", "--eval-every 1000000").split()
+    child = process(erdp.__file__, *settings, "--run-dir", ours, "--num-steps", 1_000_000)
+    while not list(ours.glob("events*")):
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (130, ""), f"status {child.returncode}, expected 130: {err}"
+    step = checkpoint(ours)["step"]
+    assert f"stopped at update {step}: --resume goes on from there" in out and step > 0
+    more = ["--num-steps", str(step + 3)]
+    for folder, resume in ((ours, ["--resume"]), (theirs, [])):
+        assert erdp.main([*settings, "--run-dir", str(folder), *more, *resume]) == 0
+    assert_same(f"stopped at update {step}", outcome(ours), outcome(theirs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled and captured updates, and CUDA
+# ---------------------------------------------------------------------------------------------------------------------
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+
+def moved(values, device):
+    return type(values)(*(value.to(device) for value in values))
+
+
+def agent_on(device, dtype=torch.float64, **choices) -> Agent:
+    """The same agent as `agent64`, on a device."""
+    source = agent64(**choices)
+    agent = Agent(3, 2, source.args, device)
+    for name in ("policy", "critics", "policy_ema", "critics_target"):
+        getattr(agent, name).to(dtype)
+    agent.sde = erdp.MeanRevertingSDE(source.args.num_diffusion_steps, source.args.schedule, dtype, device)
+    agent.load_state_dict(source.state_dict())
+    return agent
+
+
+def cast(values, dtype):
+    return type(values)(*(value.to(dtype) if value.is_floating_point() else value for value in values))
+
+
+VARIANTS = {
+    "paper": dict(),
+    "released": dict(variant="released", loss="likelihood", clip_denoised=False),
+    "antmaze": dict(max_q_backup=True, loss="posterior", entropy_coef=0.5),
+    "min": dict(pessimism="min"),
+}
+
+
+def losses_and_gradients(agent, batch, noise) -> dict:
+    """Every value of an update, and every gradient."""
+    args, C = agent.args, noise.next_action.shape[1] // len(batch.state)
+    state = batch.next_state.repeat(C, 1)
+    action = erdp.sample_actions(agent.policy_ema, agent.sde, state, noise.next_action, args.clip_denoised).detach()
+    candidates = action.view(C, len(batch.state), -1)
+    q_loss, q = erdp.critic_loss(agent.critics, agent.critics_target, batch, candidates, args.pessimism)
+    pi_loss, *parts = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q.detach(), args)
+    (q_loss + pi_loss).backward()
+    found = {"next actions": action, "Q loss": q_loss, "Q": q, "policy loss": pi_loss, "its parts": torch.stack(parts)}
+    for name in ("policy", "critics"):
+        found |= {f"gradient of {key} of {name}": p.grad for key, p in getattr(agent, name).named_parameters()}
+    return {key: value.detach().cpu() for key, value in found.items()}
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_cuda_losses_and_gradients_agree_with_the_cpus(name, dtype, tolerance):
+    found = []
+    for device in ("cpu", "cuda"):
+        agent = agent_on(device, dtype, **VARIANTS[name])
+        batch, noise = random_batch(4), random_noise(agent.args, torch.Generator().manual_seed(0))
+        found.append(losses_and_gradients(agent, moved(cast(batch, dtype), device), moved(cast(noise, dtype), device)))
+    for key, value in found[0].items():
+        scale = 1 + float(value.abs().max())
+        agree(f"{key}, CPU and CUDA, {dtype}", found[1][key], value, rtol=tolerance, atol=tolerance * scale)
+
+
+def check_fast_updates(device, updates, capture=False, **choices):
+    """Updates of a compiled or captured agent equal the eager ones, fed the same batches and noise, in float64."""
+    eager, fast = agent_on(device, **choices | dict(compile=False)), agent_on(device, **choices)
+    generator, index = torch.Generator().manual_seed(1), torch.zeros(4, dtype=torch.int64)
+    data, noise = moved(random_batch(100), device), moved(random_noise(eager.args, generator), device)
+    latest = torch.zeros(len(erdp.METRICS), dtype=torch.float64, device=device)
+    assert index.shape == noise.rows.shape
+
+    def learn():
+        latest.copy_(erdp.update(fast, Batch(*(column[noise.rows] for column in data)), noise))
+
+    step = erdp.Captured(learn) if capture else learn
+    for k in range(updates):
+        for buffer, fresh in zip(noise, random_noise(eager.args, generator)):
+            buffer.copy_(fresh)
+        step()
+        expected = erdp.update(eager, Batch(*(column[noise.rows] for column in data)), noise)
+        agree(f"metrics of update {k}", latest.cpu(), expected.cpu(), rtol=1e-7, atol=1e-9)
+    assert fast.updates == eager.updates == updates
+    for name in ("policy", "critics", "policy_ema", "critics_target"):
+        for (key, ours), theirs in zip(getattr(fast, name).named_parameters(), getattr(eager, name).parameters()):
+            agree(f"{key} of {name} after {updates} updates", ours.cpu(), theirs.cpu(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_updates_equal_eager_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(erdp, "POLICY_EMA_START", 3)
+    check_fast_updates("cpu", 12, compile=True, max_q_backup=True, num_diffusion_steps=2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cuda_captured_updates_equal_eager_ones(name, monkeypatch):
+    monkeypatch.setattr(erdp, "POLICY_EMA_START", 20)
+    check_fast_updates("cuda", 100, capture=True, **VARIANTS[name])
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_cuda_compiled_and_captured_updates_equal_eager_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(erdp, "POLICY_EMA_START", 20)
+    check_fast_updates("cuda", 100, capture=True, compile=True)
+
+
+@needs_cuda
+def test_cuda_captured_functions_run_once_a_call_on_fresh_noise():
+    noise, generator = erdp.empty_noise(Args(batch_size=8), 2, "cuda"), torch.Generator("cuda").manual_seed(0)
+    calls, seen = torch.zeros((), device="cuda"), torch.zeros(4, device="cuda")
+
+    def look():
+        calls.add_(1)
+        seen.copy_(torch.stack([noise.eps[0, 0], noise.a_T[0, 0], noise.next_action[0, 0, 0], noise.rows.sum()]))
+
+    captured, rows = erdp.Captured(look), []
+    for k in range(1, 13):
+        erdp.draw(noise, 1_000_000, generator)
+        captured()
+        assert calls == k, "each call runs the function once"
+        drawn = torch.stack([noise.eps[0, 0], noise.a_T[0, 0]])
+        agree("the call sees the noise of its draw", seen[:2].cpu(), drawn.cpu())
+        rows.append(seen.tolist())
+    for column in zip(*rows):
+        assert len(set(column)) == 12, "every replay sees fresh noise"
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_cuda_takes_over_a_run_of_the_cpu_and_gives_it_back(finished, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, "--num-steps", "4") == 0
+    assert run(folder, "--num-steps", "8", "--resume", "--device", "cuda", "--no-compile") == 0
+    assert run(folder, "--resume") == 0
+    ours, theirs = outcome(folder), outcome(finished)
+    assert [row["step"] for row in ours["rows"]] == [4, 8, 12] and ours["agent"]["updates"] == 12
+    assert_same("the first evaluation", ours["rows"][0], theirs["rows"][0])
