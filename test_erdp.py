@@ -58,6 +58,7 @@ from erdp import Agent, Args, Batch, MeanRevertingSDE, Noise, NoiseNetwork, QEns
 settings.register_profile("erdp", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("erdp")
 torch.set_num_threads(1)  # every tensor here is small
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started this in the background
 
 RATE = 1e-6  # chance that a correct program fails a Monte-Carlo test, over the choice of its seed
 SCHEDULES = "cosine", "constant", "linear", "vp"
