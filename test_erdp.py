@@ -1481,6 +1481,7 @@ def check_algorithm1(choices, updates, start):
     for k in range(updates):
         batch, noise = random_batch(agent.args.batch_size, seed=100 * k), random_noise(agent.args, generator)
         metrics = erdp.update(agent, batch, noise)
+        assert not metrics.requires_grad, "Algorithm 1's metrics must not keep the graphs of all updates alive"
         agree(f"Algorithm 1, update {start + k}: {erdp.METRICS}", metrics, literal.update(batch, noise), rtol=1e-8)
         literal.compare(agent, f"Algorithm 1 after update {start + k}")
     assert agent.updates == start + updates
