@@ -799,7 +799,7 @@ class Actor:
             value = pessimistic_value(self.critics(state, action), args.pessimism, args.lcb_coef, args.variant)
             below = value.view(N, C).double().softmax(-1).cumsum(-1)
             u = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=device)
-            chosen = torch.searchsorted(below, u * below[:, -1:], right=True).clamp(max=C - 1)  # (N, 1)
+            chosen = torch.searchsorted(below, u, right=True).clamp(max=C - 1)  # (N, 1)
             action = action.view(N, C, A).take_along_dim(chosen[..., None], 1)[:, 0]
         action = self.low + (action.double().cpu().numpy() + 1) / 2 * (self.high - self.low)
         return np.clip(action, self.low, self.high)
