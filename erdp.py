@@ -442,7 +442,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     """Eq. 15, with L_diff of `args.loss`. Returns it with L_diff, the mean pessimistic value and the mean of -log p.
 
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. q_data (M, B) is Q(s, a) of the batch, for the lambda of variant "paper". Q's weights get no gradient.
+    where it is. q_data (M, B), for the lambda of variant "paper", is Q(s, a) of the batch as this step's `critic_loss`
+    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -1132,14 +1133,15 @@ def train(args: Args) -> int:
             generator.set_state(saved["generator"])
         else:  # the two kinds of device have different generators
             generator.manual_seed(args.seed + step)
-    folder.create(about | machine(args.device))
+    here = machine(args.device)
+    folder.create(about | here)
     noise, envs = empty_noise(args, action_dim, args.device), make_envs(task, args.eval_episodes)
     policy = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
     actor = agent.actor(task.low, task.high)
     writer, first, mark = SummaryWriter(str(folder.path), purge_step=step), step, time.monotonic()
     began = mark - seconds
     print(f"{args.env}: {size} transitions of {task.dataset_id}, {args.variant} variant", end=", ")
-    print(f"on {machine(args.device)['device_name']}, into {folder.path}")
+    print(f"on {here['device_name']}, into {folder.path}")
 
     def learn():
         latest.copy_(update(agent, Batch(*(column[noise.rows] for column in data)), noise))
