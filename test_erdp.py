@@ -19,6 +19,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -901,6 +902,43 @@ def test_ensemble_equals_separate_sequential_networks(M, B, S, A, hidden, seed):
     assert all(p.grad is None for p in critics.parameters()), "frozen: no gradient reaches the weights"
 
 
+def rounded(x):
+    """x in bfloat16: the nearest number of 8 significant bits."""
+    fraction, exponent = np.frexp(np.asarray(x, np.float64))
+    return np.ldexp(np.round(fraction * 2**8), exponent - 8)
+
+
+def test_precision_bf16_rounds_the_factors_and_the_products_between_hidden_layers_and_nothing_else():
+    torch.manual_seed(0)
+    critics = QEnsemble(3, 2, 4, 16, bf16=True)
+    state, action = (gaussian(6, n, seed=n).float().requires_grad_() for n in (3, 2))
+    q = critics(state, action)
+    weights, biases = ([p.detach().double().numpy() for p in part] for part in (critics.weights, critics.biases))
+    h = np.concatenate([state.detach(), action.detach()], 1).astype(float) @ weights[0] + biases[0]
+    for weight, bias in zip(weights[1:3], biases[1:3]):
+        h = rounded(rounded(F.mish(torch.tensor(h)).numpy()) @ rounded(weight)) + bias
+    expected = (F.mish(torch.tensor(h)).numpy() @ weights[3] + biases[3])[..., 0]
+    step = 2**-8 * np.abs(expected - biases[3][..., 0]).max()  # a tie may be rounded either way
+    agree("QEnsemble in bfloat16", q, expected, rtol=0, atol=step / 8)
+    critics.bf16 = False
+    exact = critics(state, action)
+    error = (q - exact).abs().max()
+    assert step / 100 < error < 4 * step, "the flag has an effect, and a small one"
+    gradients = []
+    for out in (q, exact):
+        critics.zero_grad(set_to_none=True)
+        gradients.append(torch.autograd.grad(out.sum(), [action, *critics.parameters()]))
+    for ours, theirs in zip(*gradients):
+        assert ours.dtype == theirs.dtype == torch.float32, "parameters and their gradients stay in float32"
+        agree("gradient in bfloat16", ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
+
+
+def test_precision_reaches_the_ensemble_and_its_targets():
+    for precision in ("float32", "tf32", "bf16"):
+        agent = Agent(3, 2, Args(precision=precision, num_critics=2))
+        assert agent.critics.bf16 == agent.critics_target.bf16 == (precision == "bf16")
+
+
 def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
     torch.manual_seed(0)
     critics = QEnsemble(40, 2, 8)
@@ -1669,7 +1707,7 @@ def test_presets_of_the_toy_and_of_unknown_data():
 def test_presets_take_a_gpu_where_there_is_one(monkeypatch, available, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     args = erdp.preset("hopper-medium-v2")
-    assert (args.device, args.compile) == (device, available)
+    assert (args.device, args.compile, args.precision) == (device, available, "tf32" if available else "float32")
 
 
 def test_defaults_in_signatures_are_the_papers():
@@ -1679,7 +1717,7 @@ def test_defaults_in_signatures_are_the_papers():
 
     assert defaults(MeanRevertingSDE) == dict(num_steps=5, schedule="cosine", dtype=torch.float32, device="cpu")
     assert defaults(NoiseNetwork) == dict(hidden=256)
-    assert defaults(QEnsemble) == dict(num_critics=64, hidden=256)
+    assert defaults(QEnsemble) == dict(num_critics=64, hidden=256, bf16=False)
     assert defaults(QEnsemble.forward) == dict(frozen=False)
     assert defaults(erdp.sample_actions) == dict(clip_denoised=True, clip_sample=True)
     assert defaults(erdp.diffusion_loss) == dict(loss="noise")
@@ -2778,6 +2816,11 @@ def test_bad_device_cuda_without_cuda(refused, monkeypatch):
     refused(["--device", "cuda"], "--device cuda", "--device cpu")
 
 
+def test_bad_precision_tf32_without_cuda(refused):
+    refused(["--precision", "tf32", "--device", "cpu"], "--precision tf32", "--device cpu")
+    assert erdp.parse(["--precision", "bf16", "--device", "cpu"]).precision == "bf16"
+
+
 COUNTS = {"num-steps": 1, "batch-size": 1, "num-critics": 1, "eval-every": 1, "eval-episodes": 1, "eval-candidates": 1}
 COUNTS |= {"num-diffusion-steps": 2, "lcb-coef": 0, "entropy-coef": 0, "eta": 0, "seed": 0}
 
@@ -3106,7 +3149,7 @@ def test_bad_resume_with_other_settings_is_refused(refused, copied):
         name = flag.split("=")[0].replace("--no-", "--")
         refused([*RUN.split(), "--resume", flag], str(copied / "checkpoint.pt"), name, "--run-dir", folder=copied)
     flags = {flag.split("=")[0].replace("--no-", "--")[2:].replace("-", "_") for flag in CHANGED}
-    free = {"num_steps", "eval_every", "eval_episodes", "eval_candidates", "device", "compile"}
+    free = {"num_steps", "eval_every", "eval_episodes", "eval_candidates", "device", "compile", "precision"}
     places = {"dataset", "run_dir", "resume", "checkpoint", "eval_only"}
     assert flags | free | places == {field.name for field in dataclasses.fields(Args)}, "every setting is thought of"
 
@@ -3387,3 +3430,41 @@ def test_cuda_takes_over_a_run_of_the_cpu_and_gives_it_back(finished, tmp_path):
     ours, theirs = outcome(folder), outcome(finished)
     assert [row["step"] for row in ours["rows"]] == [4, 8, 12] and ours["agent"]["updates"] == 12
     assert_same("the first evaluation", ours["rows"][0], theirs["rows"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts in results/
+# ---------------------------------------------------------------------------------------------------------------------
+def script(name: str):
+    """A script of results/ as a module."""
+    folder = Path(__file__).parent / "results"
+    if not folder.exists():
+        pytest.skip("results/ is not beside this file")
+    sys.path.append(str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+def test_results_benchmarks_plain_way_makes_the_same_updates():
+    benchmark = script("benchmark")
+    args = Args(num_critics=3, batch_size=32, max_q_backup=True)
+    data, latest = benchmark.random_data(args, 50), {}
+    for way in ("plain", "eager"):
+        step, agent = benchmark.learner(args, way, data)
+        assert isinstance(agent.critics, benchmark.PlainEnsemble) == (way == "plain")
+        for _ in range(4):
+            step()
+        latest[way] = [p.detach() for p in (*agent.policy.parameters(), *agent.critics_target.parameters())]
+    for ours, theirs in zip(*latest.values()):
+        agree("weights after 4 updates, plain and eager", ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_results_benchmarks_bound_counts_the_operations_of_the_paper():
+    benchmark = script("benchmark")
+    step, operations = benchmark.products(Args(num_critics=2), 31, 8)
+    critic, policy = 39 * 256 + 2 * 256**2, 55 * 256 + 2 * 256**2  # multiplications a row, without the last layers
+    backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # activations and weights of Q; activations in the policy's step
+    assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
+    step()

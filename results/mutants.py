@@ -97,7 +97,8 @@ def mutants(tree: ast.Module):
                     if hasattr(target, "replacement"):
                         changed = Replace(target).visit(changed)
                     if before != after:
-                        yield part, name, node.lineno, f"{description}: `{before}` to `{after}`", tests, ast.unparse(changed)
+                        change = f"{description}: `{before}` to `{after}`"
+                        yield part, name, node.lineno, change, tests, ast.unparse(changed)
 
 
 def find(tree: ast.AST, name: str) -> ast.AST:

@@ -1,0 +1,262 @@
+"""The speed of `erdp.update` on this machine, as the program calls it, and what bounds it.
+
+    python results/benchmark.py                                # updates a second for M = 1, 4, 16 and 64
+    python results/benchmark.py --env antmaze-medium-play-v0   # with that row's settings: max Q-backup
+    python results/benchmark.py --growth                       # cost against M, batch size, T and the data's size
+    python results/benchmark.py --out results/benchmark-cpu.md
+
+Ways of running the same update are timed in turn, slice by slice, in one process, so that a change of the machine's
+speed meets them all; a figure is the median over slices. The ways:
+
+    plain      eager, with the ensemble written the obvious way: input expanded to (M, B, S + A), a product and a bias a
+               layer, gradients to Q's weights in the policy's step too, PyTorch's default Adam
+    eager      erdp.update as it is
+    compiled   --compile: with torch.compile
+    captured   as one CUDA graph (CUDA only; there `compiled` is captured too, as in the program)
+
+Beside them stands the bound: the matrix products of one update alone, into memory that is there already. The data is
+random and of AntMaze's sizes unless --dataset is given. The last lines are `BENCH M=<M> <updates a second>`, of the
+fastest way.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import erdp  # noqa: E402
+
+STATE_DIM, ACTION_DIM, ROWS = 31, 8, 100_000  # AntMaze's sizes
+WAYS = {"cpu": ("plain", "eager", "compiled"), "cuda": ("plain", "eager", "captured", "compiled")}
+
+
+class PlainEnsemble(erdp.QEnsemble):
+    """The same functions as QEnsemble's, without its care for speed. `frozen` is ignored."""
+
+    def forward(self, state, action, frozen=False):
+        h = torch.cat([state, action], -1).expand(len(self.weights[0]), -1, -1)  # (M, B, S + A)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            h = F.mish(h @ weight + bias)
+        return (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)
+
+
+def learner(args: erdp.Args, way: str, data: erdp.Batch):
+    """(a function that makes one update on fresh noise, its agent), set up as `erdp.train` does."""
+    args = dataclasses.replace(args, compile=way == "compiled")
+    torch.manual_seed(args.seed)
+    agent = erdp.Agent(data.state.shape[1], data.action.shape[1], args, args.device)
+    if way == "plain":
+        agent.critics.__class__ = agent.critics_target.__class__ = PlainEnsemble
+        agent.policy_optimizer = torch.optim.Adam(agent.policy.parameters(), args.lr)
+        agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), erdp.CRITIC_LR)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    noise = erdp.empty_noise(args, data.action.shape[1], args.device)
+
+    def learn():
+        erdp.update(agent, erdp.Batch(*(column[noise.rows] for column in data)), noise)
+
+    if args.device != "cpu" and way in ("captured", "compiled"):
+        learn = erdp.Captured(learn)
+
+    def step():
+        erdp.draw(noise, len(data.reward), generator)
+        learn()
+
+    return step, agent
+
+
+def products(args: erdp.Args, state_dim: int, action_dim: int):
+    """A function that makes the matrix products of one update alone, and their number of operations."""
+    M, B, H, C = args.num_critics, args.batch_size, erdp.HIDDEN, erdp.BACKUP_CANDIDATES if args.max_q_backup else 1
+    calls, operations = [], 0
+
+    def add(times, batch, rows, inner, columns):
+        nonlocal operations
+        shape = (batch,) if batch else ()
+        sizes = (*shape, rows, inner), (*shape, inner, columns), (*shape, rows, columns)
+        a, b, out = (torch.randn(size, device=args.device) for size in sizes)
+        calls.extend([(torch.bmm if batch else torch.mm, a, b, out)] * times)
+        operations += 2 * times * max(batch, 1) * rows * inner * columns
+
+    fan_in = state_dim + action_dim
+    for rows in (B, C * B, B):  # forward: Q, its target, and Q in the policy's step
+        add(1, 0, rows, fan_in, M * H)
+        add(2, M, rows, H, H)
+    add(4, M, B, H, H)  # backward to the hidden activations: of Q, and in the policy's step
+    add(2, M, H, B, H)  # backward to Q's hidden weights
+    add(1, 0, fan_in, B, M * H)  # ... and to its first ones
+    add(1, 0, B, M * H, fan_in)  # backward to the policy's action
+    width = state_dim + action_dim + 16
+    for rows, times in ((C * B, args.num_diffusion_steps), (B, 3)):  # the policy: sampling; forward and backward
+        add(times, 0, rows, width, H)
+        add(2 * times, 0, rows, H, H)
+
+    def step():
+        for product, a, b, out in calls:
+            product(a, b, out=out)
+
+    return step, operations
+
+
+def synchronize(device: str):
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def rates(steps: dict, device: str, seconds: float, slices: int = 5) -> dict[str, float]:
+    """Calls a second of each function, timed in turn for about `seconds` in all: the median over slices."""
+    counts, found = {}, {name: [] for name in steps}
+    for name, step in steps.items():
+        for _ in range(5):  # compiles and captures
+            step()
+        synchronize(device)
+        began = time.perf_counter()
+        step()
+        synchronize(device)
+        counts[name] = max(1, round(seconds / slices / len(steps) / (time.perf_counter() - began)))
+    for _ in range(slices):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(counts[name]):
+                step()
+            synchronize(device)
+            found[name].append(counts[name] / (time.perf_counter() - began))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def peak_memory(device: str) -> str:
+    """On CUDA of the tensors since the last call, else of the process since its start."""
+    if device == "cpu":
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return f"{peak / 1e9:.2f} GB"
+
+
+def table(names: list[str], lines: list[list]) -> str:
+    rows = [names, ["---"] * len(names), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float) -> tuple[str, list[str]]:
+    """The table of all ways by M, and the BENCH lines."""
+    ways, lines, bench = WAYS[torch.device(args.device).type], [], []
+    for M in sizes:
+        args = dataclasses.replace(args, num_critics=M)
+        torch.compiler.reset()  # or a second size would be compiled for any size
+        bound, operations = products(args, data.state.shape[1], data.action.shape[1])
+        steps = {way: learner(args, way, data)[0] for way in ways}
+        rate = rates(steps | {"products": bound}, args.device, seconds)
+        best = max(rate[way] for way in ways)
+        line = [M, *(f"{rate[way]:.4g}" for way in ways), f"{1e3 / best:.3g}", f"{best / rate['plain']:.2f}"]
+        speed = f"{rate['products']:.4g} ({operations * rate['products'] / 1e9:.0f})"
+        lines.append([*line, speed, f"{best / rate['products']:.0%}", peak_memory(args.device)])
+        bench.append(f"BENCH M={M} {best:.4g}")
+        print(bench[-1], flush=True)
+    names = ["M", *ways, "ms (fastest)", "fastest / plain", "products alone (GFLOP/s)", "their share", "peak memory"]
+    return table(names, lines), bench
+
+
+def growth(args: erdp.Args, data: erdp.Batch, seconds: float) -> str:
+    """The time of an update against M, batch size, T and the number of transitions, one changed at a time."""
+    way = "eager" if args.device == "cpu" else "captured"
+    changes = [("M", dict(num_critics=M)) for M in (1, 4, 16, 64, 128)]
+    changes += [("batch size", dict(num_critics=4, batch_size=B)) for B in (256, 1024, 4096)]
+    changes += [("T", dict(num_critics=4, num_diffusion_steps=T)) for T in (5, 10, 50)]
+    lines = []
+    for name, change in changes:
+        rate = rates({way: learner(dataclasses.replace(args, **change), way, data)[0]}, args.device, seconds)[way]
+        others = "" if name == "M" else ", M = 4"
+        lines.append([f"{name} = {list(change.values())[-1]}{others}", f"{rate:.4g}", f"{1e3 / rate:.4g}"])
+    args = dataclasses.replace(args, num_critics=4)
+    for size in (10_000, 1_000_000):
+        rate = rates({way: learner(args, way, random_data(args, size))[0]}, args.device, seconds)[way]
+        lines.append([f"{size:,} transitions, M = 4", f"{rate:.4g}", f"{1e3 / rate:.4g}"])
+    return table([f"{way}, one thing changed", "updates a second", "ms an update"], lines)
+
+
+def evaluation_speed(args: erdp.Args, seconds: float) -> str:
+    """Environment steps a second of an untrained policy in AntMaze's umaze, 50 candidates an action."""
+    with erdp.quiet():
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+        env = gym.make("AntMaze_UMaze-v5", continuing_task=False)
+    low, high = env.action_space.low, env.action_space.high
+    task = erdp.Task("antmaze", None, "", env.spec, None, env.observation_space, low, high, 0.0, 1.0)
+    actor = erdp.Agent(task.state_dim, len(low), args, args.device).actor(low, high)
+    steps = 0
+
+    def counting(state, streams):
+        nonlocal steps
+        steps += len(state)
+        return actor(state, streams)
+
+    counting.low = actor.low
+    with contextlib.closing(erdp.make_envs(task, args.eval_episodes)) as envs:
+        began = time.perf_counter()
+        erdp.evaluate(counting, envs, args.eval_episodes, 0, lambda: time.perf_counter() - began > seconds)
+        rate = steps / (time.perf_counter() - began)
+        return f"M = {args.num_critics}: {rate:.0f} environment steps a second in {envs.num_envs} processes"
+
+
+def random_data(args: erdp.Args, size: int = ROWS) -> erdp.Batch:
+    generator = torch.Generator().manual_seed(0)
+    state, next_state = torch.randn(2, size, STATE_DIM, generator=generator)
+    action, reward = 2 * torch.rand(size, ACTION_DIM, generator=generator) - 1, torch.randn(size, generator=generator)
+    return erdp.Batch(*(x.to(args.device) for x in (state, action, reward, next_state, torch.zeros(size))))
+
+
+def machine(device: str) -> str:
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    name = cpu if device == "cpu" else f"{torch.cuda.get_device_name(device)} beside {cpu}"
+    return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=erdp.ROWS, default="antmaze-umaze-v0", help="the row whose settings are used")
+    parser.add_argument("--dataset", help="a data set in place of random data, as erdp.py takes it")
+    parser.add_argument("--critics", type=int, nargs="+", default=[1, 4, 16, 64], metavar="M", help="ensemble sizes")
+    parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), help="as erdp.py takes it")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of timing a line")
+    parser.add_argument("--growth", action="store_true", help="how cost grows, in place of the comparison")
+    parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    options = parser.parse_args()
+    args = dataclasses.replace(erdp.preset(options.env), dataset=options.dataset, eval_episodes=100)
+    args.precision = options.precision or args.precision
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    try:
+        data = erdp.load_data(erdp.open_task(args), args) if args.dataset else random_data(args)
+    except erdp.UserError as error:
+        parser.error(str(error))
+    B, backup = args.batch_size, "with" if args.max_q_backup else "without"
+    sizes = f"states of {data.state.shape[1]}, actions of {data.action.shape[1]}, batch {B}, {backup} max Q-backup"
+    command = " ".join(["python results/benchmark.py", *sys.argv[1:]])
+    head = f"`{command}`: {machine(args.device)}; {sizes}, {args.precision}.\n"
+    if options.growth:
+        text, bench = growth(args, data, options.seconds / 3), []
+    else:
+        text, bench = compare(args, data, options.critics, options.seconds)
+        acting = evaluation_speed(dataclasses.replace(args, num_critics=options.critics[-1]), 10)
+        text = f"Updates a second:\n\n{text}\n\nEvaluation in AntMaze's umaze, untrained policy, {acting}."
+    print("\n".join(["", head, text, "", *bench]))
+    if options.out:
+        options.out.write_text(f"# Speed\n\n{head}\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
