@@ -3447,24 +3447,26 @@ def script(name: str):
         sys.path.remove(str(folder))
 
 
-def test_results_benchmarks_plain_way_makes_the_same_updates():
+def test_results_benchmarks_plain_ensemble_is_the_same_function_with_gradients_to_its_weights():
     benchmark = script("benchmark")
-    args = Args(num_critics=3, batch_size=32, max_q_backup=True)
-    data, latest = benchmark.random_data(args, 50), {}
-    for way in ("plain", "eager"):
-        step, agent = benchmark.learner(args, way, data)
-        assert isinstance(agent.critics, benchmark.PlainEnsemble) == (way == "plain")
-        for _ in range(4):
-            step()
-        latest[way] = [p.detach() for p in (*agent.policy.parameters(), *agent.critics_target.parameters())]
-    for ours, theirs in zip(*latest.values()):
-        agree("weights after 4 updates, plain and eager", ours, theirs, rtol=0, atol=2e-5)
+    args = Args(num_critics=3, batch_size=8)
+    data = benchmark.random_data(args, 20)
+    (_, plain), (_, eager) = (benchmark.learner(args, way, data) for way in ("plain", "eager"))
+    assert isinstance(plain.critics_target, benchmark.PlainEnsemble) and type(eager.critics) is QEnsemble
+    found = []
+    for agent in (plain, eager):
+        q = agent.critics.double()(data.state.double(), data.action.double())
+        found.append([q, *torch.autograd.grad(q.square().sum(), list(agent.critics.parameters()))])
+    for ours, theirs in zip(*found):
+        agree("Q and its gradients, plain and eager", ours, theirs)
+    plain.critics(data.state.double(), data.action.double(), frozen=True).sum().backward()
+    assert all(p.grad is not None for p in plain.critics.parameters())
 
 
 def test_results_benchmarks_bound_counts_the_operations_of_the_paper():
     benchmark = script("benchmark")
     step, operations = benchmark.products(Args(num_critics=2), 31, 8)
     critic, policy = 39 * 256 + 2 * 256**2, 55 * 256 + 2 * 256**2  # multiplications a row, without the last layers
-    backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # activations and weights of Q; activations in the policy's step
+    backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # of Q: activations, weights; in the policy's step
     assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
     step()
