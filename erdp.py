@@ -1283,9 +1283,11 @@ def parse(argv: list[str]) -> Args:
     least["num_diffusion_steps"] = 3 if args.variant == "released" else 2  # its entropy term uses the times 1, 2, T
     for name, bound in least.items():
         value, above = getattr(args, name), name in ("lr", "grad_norm")
-        if not bound <= value < (2**63 if name == "seed" else math.inf) or (above and value == bound):
+        if not bound <= value < math.inf or (above and value == bound):
             flag, where = "--" + name.replace("_", "-"), " with --variant released" if bound == 3 else ""
             raise UserError(f"{flag} is {value} but must be {'more than' if above else 'at least'} {bound}{where}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     try:

@@ -2799,7 +2799,7 @@ def refused(capsys, tmp_path):
         (["--device", "cuda:7"], ["cuda:7", "--device cpu"]),
         (["--device", "gpu"], ["gpu", "cuda"]),
         (["--device", "meta"], ["meta", "cuda"]),
-        (["--seed", str(2**64)], ["--seed"]),
+        (["--seed", str(2**63)], ["--seed", str(2**63), "less than 2**63"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--checkpoint", "a.pt"], ["--checkpoint", "--eval-only"]),
         (["--eval-only"], ["policy.pt"]),
