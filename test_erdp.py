@@ -3470,3 +3470,290 @@ def test_results_benchmarks_bound_counts_the_operations_of_the_paper():
     backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # of Q: activations, weights; in the policy's step
     assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
     step()
+
+
+@pytest.fixture(scope="module")
+def report():
+    return script("report")
+
+
+def record(folder, env="antmaze-umaze-v0", scores=(10.0, 30.0, 20.0), dataset=None, finished=True, **settings):
+    """A run's folder as a run leaves it, with these scores at its evaluations."""
+    folder.mkdir(parents=True)
+    args = dataclasses.replace(erdp.preset(env), dataset=dataset, **settings)
+    own = {"toy": "toy"}.get(env) or erdp.ROWS[env].dataset + "-v1"
+    about = dict(
+        dataset_id=dataset or own, transitions=1000, state_dim=31, action_dim=8, device_name="CPU", versions={}
+    )
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args) | about))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, erdp.RunFolder.COLUMNS)
+        writer.writeheader()
+        for i, score in enumerate(scores, 1):
+            row = dict.fromkeys(erdp.RunFolder.COLUMNS, 0.0) | dict(step=i * args.eval_every, success="")
+            writer.writerow(row | dict(score_mean=score, return_mean=score))
+    result = dict(final=scores[-1], best=max(scores), best_step=0, steps=args.num_steps)
+    if finished:
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def section(text, title):
+    """The lines of a section's table, as lists of cells."""
+    body = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line[:1] == "|"][2:]
+
+
+def line_of(text, title, row):
+    (line,) = [line for line in section(text, title) if line[0] == row]
+    return line
+
+
+def written(report, runs, out):
+    assert report.main([str(runs), "--out", str(out)]) == 0
+    return (out / "tables.md").read_text()
+
+
+def test_report_the_papers_averages_are_the_means_of_the_transcribed_rows(report):
+    tables = [(figures, average) for _, figures, average in report.TABLES_1_AND_2.values() if average]
+    tables += [([mean for mean, _ in figures], average) for figures, average in report.TABLE_5.values()]
+    assert sorted(average for _, average in tables) == [56.1, 66.8, 74.0, 80.0, 85.2, 86.7, 89.9]
+    for figures, average in tables:
+        assert abs(np.mean(figures) - average) <= 0.05 + 1e-9, f"{figures} do not average to {average}"
+    assert [mean for mean, _ in report.TABLE_5[64][0]] == list(report.TABLES_1_AND_2["antmaze"][1][2:])
+    assert all(env.startswith("antmaze") and erdp.preset(env).num_critics == 64 for env in report.FOUR)
+
+
+def test_report_the_rows_stand_beside_their_own_figures(report, tmp_path):
+    text = written(report, tmp_path, tmp_path / "out")
+    # one of each part, looked up in the paper by name
+    assert line_of(text, "Table 1, Gym", "halfcheetah-medium-replay-v2")[1] == "57.0"
+    assert line_of(text, "Table 1, Gym", "hopper-medium-expert-v2")[1] == "111.9"
+    assert line_of(text, "Table 1, Gym", "walker2d-medium-v2")[1] == "92.5"
+    assert line_of(text, "Table 1, Adroit", "pen-cloned-v1")[1] == "66.3"
+    assert line_of(text, "Table 1, Kitchen", "kitchen-complete-v0")[1] == "82.3"
+    assert line_of(text, "Table 2, AntMaze", "antmaze-umaze-diverse-v0")[1] == "79.8"
+    assert line_of(text, "Tables 3 and 5, M = 4", "antmaze-large-play-v0")[1] == "52.4 ± 13.0"
+    assert line_of(text, "Figure 4", "antmaze-large-play-v0, Diffusion-QL")[1] == "46.4"
+    rows = [
+        line[0]
+        for title in ("Table 1, Gym", "Table 1, Adroit", "Table 1, Kitchen", "Table 2, AntMaze")
+        for line in section(text, title)
+    ]
+    assert sorted(row for row in rows if row != "average") == sorted(erdp.ROWS)
+
+
+def test_report_without_runs_says_not_run_everywhere(report, tmp_path):
+    text = written(report, tmp_path, tmp_path / "out")
+    lines = [line for part in report.sections() for line in section(text, part.title) if line[0] != "average"]
+    assert len(lines) == 20 + 16 + 8 + 8 and all(line[2:5] == ["not run", "not run", "0"] for line in lines)
+    assert "cannot be said yet" in (tmp_path / "out" / "figure1.md").read_text()
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_report_other_data_never_stands_beside_the_papers_figures(report, tmp_path):
+    record(tmp_path / "runs" / "a", scores=[77.25], dataset="other/antmaze/umaze-v0")
+    text = written(report, tmp_path / "runs", tmp_path / "out")
+    assert line_of(text, "Table 2, AntMaze", "antmaze-umaze-v0")[2:5] == ["not run", "not run", "0"]
+    (line,) = section(text, "Runs on other data")
+    assert line[:3] == ["antmaze-umaze-v0", "other/antmaze/umaze-v0", "1,000"] and "77.2" in line
+    assert text.count("77.2") == 2 and (tmp_path / "out" / "curves.png").exists()  # final and best of that line
+    assert section(text, "Runs on the paper's data with other settings") == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_steps=20_000),
+        dict(entropy_coef=0.0),
+        dict(eval_episodes=10),
+        dict(eval_candidates=1),
+        dict(lr=1e-3),
+        dict(eval_every=1000),
+        dict(variant="released"),
+    ],
+)
+def test_report_other_settings_never_stand_beside_the_papers_figures(report, tmp_path, settings):
+    record(tmp_path / "runs" / "a", scores=[77.25], **settings)
+    text = written(report, tmp_path / "runs", tmp_path / "out")
+    assert line_of(text, "Table 2, AntMaze", "antmaze-umaze-v0")[2] == "not run"
+    assert len(section(text, "Runs on the paper's data with other settings")) == 1 and text.count("77.2") == 2
+
+
+def test_report_averages_over_seeds_as_numpy_does_and_counts_a_copy_once(report, tmp_path, capsys):
+    finals, bests = [20.0, 35.0, 90.0], [40.0, 35.0, 95.0]
+    for seed in range(3):
+        record(
+            tmp_path / "runs" / f"a{seed}", scores=[bests[seed], finals[seed]], seed=seed, device="cuda:1", compile=True
+        )
+    record(tmp_path / "runs" / "copy", scores=[0.0, 0.0], seed=2)
+    record(tmp_path / "runs" / "unfinished", scores=[1.0], seed=3, finished=False)
+    text = written(report, tmp_path / "runs", tmp_path / "out")
+    expected = [f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in (finals, bests)]
+    assert line_of(text, "Table 2, AntMaze", "antmaze-umaze-v0")[1:] == [
+        "100.0",
+        *expected,
+        "3",
+        "D4RL/antmaze/umaze-v1",
+    ]
+    assert [line[0] for line in section(text, "Unfinished runs")] == ["unfinished"]
+    assert "copy is left out" in capsys.readouterr().out
+    assert report.spread(np.array([12.34])) == "12.3", "one seed has no deviation"
+
+
+def test_report_gives_an_average_when_all_rows_have_run_and_draws_the_figures(report, tmp_path):
+    for i, env in enumerate(report.FOUR):
+        record(tmp_path / "runs" / f"m4-{i}", env, [10.0, 10.0 * i], num_critics=4)
+    record(tmp_path / "runs" / "ql", report.FOUR[0], **report.CLIPPED_DOUBLE_Q)
+    record(
+        tmp_path / "runs" / "a0", report.FOUR[0], num_critics=1, max_q_backup=False, entropy_coef=0, eval_candidates=1
+    )
+    text = written(report, tmp_path / "runs", tmp_path / "out")
+    assert line_of(text, "Tables 3 and 5, M = 4", "average")[1:4] == ["74.0", "15.0", "17.5"]
+    assert line_of(text, "Tables 3 and 5, M = 1", "average")[1:4] == ["56.1", "", ""]
+    assert line_of(text, "Figure 4", f"{report.FOUR[0]}, Diffusion-QL")[4] == "1"
+    assert line_of(text, "Figure 3, right", f"{report.FOUR[0]}, alpha = 0")[4] == "1"
+    assert section(text, "Runs on the paper's data with other settings") == []
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"figure3.png", "figure4.png", "figure5.png"}
+
+
+def test_report_reads_what_a_run_is_from_its_config_alone(report, tmp_path):
+    record(tmp_path / "runs" / "antmaze-large-play-v0__paper__0", "pen-human-v1", [50.0])
+    text = written(report, tmp_path / "runs", tmp_path / "out")
+    assert line_of(text, "Table 1, Adroit", "pen-human-v1")[2] == "50.0"
+    assert line_of(text, "Table 2, AntMaze", "antmaze-large-play-v0")[2] == "not run"
+
+
+def test_report_names_the_arms(report):
+    assert report.label({}) == "as in the paper"
+    assert report.label(dict(num_critics=4)) == "M = 4" and report.label(dict(entropy_coef=0.0)) == "alpha = 0"
+    assert report.label(dict(eta=0, entropy_coef=0.0, eval_candidates=1)) == "behaviour cloning"
+    assert report.label(dict(pessimism="min", num_critics=2, entropy_coef=0)) == "Diffusion-QL (min of 2)"
+    assert report.label(dict(clip_denoised=True, loss="noise", variant="released", max_q_backup=False)) == (
+        "released, --clip-denoised, --loss noise, --no-max-q-backup"
+    )
+    config = dataclasses.asdict(erdp.preset("pen-human-v1")) | dict(eta=0.0, entropy_coef=0.0, eval_candidates=1)
+    assert report.arm_of(config | dict(num_critics=1)) == report.arm_of(config), (
+        "a cloned policy has no use for critics"
+    )
+    assert report.arm_of(config | dict(eta=0.1, num_critics=1)) == dict(
+        num_critics=1, entropy_coef=0, eval_candidates=1
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", '{"env": "toy"'),
+        ("config.json", '{"env": "toy"}'),
+        ("config.json", "[]"),
+        ("metrics.csv", "step,score_mean\n1,2\n"),
+        ("metrics.csv", ""),
+        ("metrics.csv", None),
+        ("result.json", "null"),
+        ("result.json", '{"final": 20.0}'),
+        ("result.json", '{"final": 99.0, "best": 99.0}'),
+    ],
+)
+def test_report_names_a_damaged_file_in_one_sentence(report, tmp_path, capsys, name, content):
+    path = record(tmp_path / "runs" / "a") / name
+    path.write_text(path.read_text().replace("20.0", "twenty") if content is None else content)
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said and said.startswith("report: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "argv, what",
+    [
+        (["no-such-folder"], "no-such-folder"),
+        (["--diagnose", "no-such-run"], "no-such-run"),
+        (["--color"], "--color"),
+    ],
+)
+def test_report_bad_input_is_one_sentence_and_status_2(report, capsys, argv, what):
+    assert report.main(argv) == 2
+    said = capsys.readouterr().err
+    assert what in said and said.count("\n") == 1
+
+
+def test_report_can_be_made_again_from_what_was_collected(report, tmp_path):
+    for seed in range(2):
+        record(tmp_path / "runs" / f"a{seed}", seed=seed, scores=[1.0, 2.0 + seed])
+    record(tmp_path / "runs" / "unfinished", seed=9, finished=False)
+    assert report.main([str(tmp_path / "runs"), "--collect", str(tmp_path / "kept")]) == 0
+    assert report.main([str(tmp_path / "runs"), "--collect", str(tmp_path / "kept")]) == 0, (
+        "a second time is no conflict"
+    )
+    files = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*.*"))
+    assert files == [f"a{seed}/{name}" for seed in range(2) for name in ("config.json", "metrics.csv", "result.json")]
+    lines = [
+        line_of(written(report, tmp_path / name, tmp_path / "out" / name), "Table 2, AntMaze", "antmaze-umaze-v0")
+        for name in ("runs", "kept")
+    ]
+    assert lines[0] == lines[1] and lines[0][4] == "2"
+    record(tmp_path / "others" / "a0", scores=[5.0])
+    assert report.main([str(tmp_path / "others"), "--collect", str(tmp_path / "kept")]) == 2
+
+
+def test_report_judges_figure_1_both_ways(report, tmp_path):
+    arms = dict(report.TOY)
+    for name, arm in arms.items():
+        for seed in range(3):
+            final = dict.fromkeys(arms, 50.0 + 5 * seed) | {"both": 90.0 + seed}
+            record(tmp_path / "good" / f"{name}{seed}", "toy", [1.0, final[name]], seed=seed, **arm)
+            final |= {"plain Q": 99.0 + 0.1 * seed}
+            record(tmp_path / "bad" / f"{name}{seed}", "toy", [1.0, final[name]], seed=seed, **arm)
+    said = {}
+    for outcome in ("good", "bad"):
+        written(report, tmp_path / outcome, tmp_path / "out")
+        said[outcome] = (tmp_path / "out" / "figure1.md").read_text()
+    assert "Here it holds: their mean final score of 91.0 is above 55.0" in said["good"]
+    assert "Here it does not hold: their mean final score of 91.0 is not above 99.1" in said["bad"]
+    assert (tmp_path / "out" / "figure1.png").exists() and "| both | 4,000 |" in said["bad"]
+
+
+def test_report_returns_to_go_are_those_of_each_episode(report):
+    rng = np.random.default_rng(0)
+    parts, expected = [], []
+    for length, terminal in ((3, 1), (1, 0), (4, 0), (2, 1)):
+        states, reward = rng.normal(size=(length + 1, 2)), rng.normal(size=length)
+        ends = np.append(np.zeros(length - 1), terminal)
+        parts.append((states[:-1], np.zeros((length, 1)), reward, states[1:], ends))
+        expected += [sum(0.99 ** (j - i) * reward[j] for j in range(i, length)) for i in range(length)]
+    data = erdp.Batch(*map(np.concatenate, zip(*parts)))
+    ends = report.episode_ends(data)
+    assert ends.tolist() == [2, 3, 7, 9]
+    np.testing.assert_allclose(report.returns_to_go(data.reward, ends), expected, rtol=1e-12)
+
+
+def test_report_the_score_of_the_data_is_the_mean_return_of_its_episodes(report):
+    data = erdp.toy_data(3)
+    expected = 100 * data.reward.reshape(-1, 2).sum(1).mean() / erdp.ToyEnv.best_return()
+    score, episodes, n = report.data_score(erdp.Args(env="toy", seed=3))
+    assert (episodes, n) == (256, 512) and score == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_report_the_terms_of_eq15_add_up(report, variant):
+    torch.manual_seed(0)
+    args = dataclasses.replace(erdp.preset("toy"), variant=variant, device="cpu", compile=False)
+    agent = erdp.Agent(2, 1, args)
+    data = erdp.load_data(erdp.open_task(args), args)
+    terms = report.loss_terms(agent, data, batches=3)
+    parts = [terms[name][0] for name in ("diffusion loss", "-lambda Q", "entropy term")]
+    assert sum(parts) == pytest.approx(terms["all of Eq. 15"][0], abs=1e-5) and min(map(abs, parts)) > 0
+    none = report.loss_terms(erdp.Agent(2, 1, dataclasses.replace(args, entropy_coef=0.0)), data, batches=1)
+    assert none["entropy term"] == [0, 0], "without alpha there is no such term"
+
+
+def test_report_diagnoses_a_run(report, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = ["--num-steps", "20", "--eval-every", "20", "--eval-episodes", "2", "--device", "cpu", "--no-compile"]
+    assert erdp.main([*argv, "--run-dir", str(run)]) == 0
+    assert report.main(["--diagnose", str(run)]) == 0
+    text = (run / "diagnosis.md").read_text()
+    assert (run / "diagnosis.png").exists() and "256 episodes" in text and text in capsys.readouterr().out
+    (run / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert report.main(["--diagnose", str(run)]) == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
