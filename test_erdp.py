@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -3757,3 +3758,250 @@ def test_report_diagnoses_a_run(report, tmp_path, capsys):
     assert (run / "diagnosis.png").exists() and "256 episodes" in text and text in capsys.readouterr().out
     (run / "checkpoint.pt").write_bytes(b"no checkpoint")
     assert report.main(["--diagnose", str(run)]) == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run_all.sh: what it lists, and how it runs it, with a shell script in Python's place
+# ---------------------------------------------------------------------------------------------------------------------
+RUN_ALL = Path(__file__).with_name("run_all.sh")
+ARMS = dict(paper={}, bc=dict(eta=0, entropy_coef=0, eval_candidates=1, num_critics=1))
+ARMS |= dict(q=dict(num_critics=1, entropy_coef=0), entropy=dict(num_critics=1), ensemble=dict(entropy_coef=0))
+ARMS |= dict(released=dict(variant="released")) | {f"M{M}": dict(num_critics=M) for M in (1, 4, 16)}
+ARMS |= {"M1-nobackup": dict(num_critics=1, max_q_backup=False, eval_candidates=1)}
+ARMS |= {"M1-nobackup-alpha0": ARMS["M1-nobackup"] | dict(entropy_coef=0)}
+ARMS |= {"diffusion-ql": dict(pessimism="min", num_critics=2, entropy_coef=0)}
+
+FAKE = """#!/bin/bash
+words=$* resume=${*: -1}
+echo "$words" >>"$CALLS"
+[[ $1 == erdp.py ]] || exit 0
+folder=${words#*--run-dir } folder=${folder% --resume} name=${folder##*/}
+if [[ $resume == --resume ]]; then [[ -e $folder/checkpoint.pt ]] || exit 2; else mkdir "$folder" || exit 2; fi
+if [[ $name =~ ${BROKEN:-^$} ]]; then echo "erdp: it is broken" >&2; exit 3; fi
+if [[ $name =~ ${SLOW:-^$} && $resume != --resume ]]; then
+    stop() {
+        sleep "${SAVING:-0.3}"
+        touch "$folder/checkpoint.pt"
+        [[ $name == *bc* ]] && exit 130 # as erdp.py; or as a program that leaves SIGINT alone
+        trap - INT
+        kill -INT $$
+    }
+    trap stop INT
+    echo $$ >"$folder/.pid" && mv "$folder/.pid" "$folder/config.json"
+    while :; do sleep 0.02; done
+fi
+echo "{}" >"$folder/result.json"
+echo "final score 1.5, best 2.5 at update 3; see $folder"
+"""
+
+
+def listed(*words, **environment) -> list[str]:
+    """The lines of `list`, with no program in reach but bash itself."""
+    if not RUN_ALL.exists():
+        pytest.skip("run_all.sh is not beside this file")
+    bash = next(path for path in ("/bin/bash", "/usr/bin/bash") if os.path.exists(path))
+    environment = {"PATH": "/nonexistent"} | environment
+    done = subprocess.run([bash, RUN_ALL, "list", *words], env=environment, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@functools.cache
+def listed_runs(*words, **environment) -> dict[tuple[str, str, int], erdp.Args]:
+    """Environment, arm and seed, as the run's folder says them -> settings, of the lines that run erdp.py."""
+    commands = [shlex.split(line) for line in listed(*words, **environment)]
+    found = [erdp.parse(words[words.index("erdp.py") + 1 :]) for words in commands if "erdp.py" in words]
+    runs = {tuple(Path(args.run_dir).name.split("__")): args for args in found}
+    assert len(runs) == len(found), "every run has a folder of its own"
+    return {(env, arm, int(seed)): args for (env, arm, seed), args in runs.items()}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Starts a copy of run_all.sh, far from the project, with FAKE for Python; `calls` are the commands it got."""
+    listed()  # skips where there is no run_all.sh
+    (tmp_path / "fake").write_text(FAKE)
+    (tmp_path / "fake").chmod(0o755)
+    (tmp_path / "run_all.sh").write_text(RUN_ALL.read_text())
+    inherited = {key: value for key, value in os.environ.items() if key not in ("ERDP_DATA", "OMP_NUM_THREADS")}
+    known = dict(PYTHON=str(tmp_path / "fake"), RUNS="runs", CALLS=str(tmp_path / "calls"))
+
+    class Project:
+        runs = tmp_path / "runs" / "quick"
+
+        @staticmethod
+        def start(*words, **environment):
+            environment, command = inherited | known | environment, ["bash", tmp_path / "run_all.sh", *words]
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            return subprocess.Popen(command, env=environment, cwd="/", start_new_session=True, **pipes)
+
+        @classmethod
+        def run(cls, *words, **environment) -> tuple[int, str, str]:
+            child = cls.start(*words, **environment)
+            out, err = child.communicate(timeout=60)
+            return child.returncode, out, err
+
+        @staticmethod
+        def calls() -> list[str]:
+            path = tmp_path / "calls"
+            lines = path.read_text().splitlines() if path.exists() else []
+            path.unlink(missing_ok=True)
+            return lines
+
+    return Project
+
+
+def started(project, count, *words, **environment) -> subprocess.Popen:
+    """run_all.sh once `count` runs, which do not end by themselves, are under way."""
+    child, deadline = project.start(*words, SLOW=".", **environment), time.monotonic() + 60
+    while len(list(project.runs.glob("*/config.json"))) < count:
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+        time.sleep(0.02)
+    return child
+
+
+def number_of(name: str) -> str:
+    """The number of a quick line."""
+    return str(1 + next(i for i, line in enumerate(listed("quick")) if line.endswith(f"/{name}")))
+
+
+def test_run_all_lists_every_run_of_the_paper():
+    lines = listed()
+    assert lines == listed("full") and len(set(lines)) == len(lines)
+    tables = {(env, "paper", seed) for env in erdp.ROWS for seed in range(5)}
+    toy = {("toy", arm, s) for arm in ("paper", "bc", "q", "entropy", "ensemble", "released") for s in range(5)}
+    mazes = [f"antmaze-{size}-{kind}-v0" for size in ("medium", "large") for kind in ("play", "diverse")]
+    arms = "M1", "M4", "M16", "M1-nobackup", "M1-nobackup-alpha0", "diffusion-ql"
+    ablations = {(env, arm, seed) for env in mazes for arm in arms for seed in range(5)}
+    assert listed_runs().keys() == tables | toy | ablations
+    assert [line for line in lines if " erdp.py " not in line] == [
+        f"python results/{study}.py" for study in ("figure2", "entropy", "likelihood")
+    ]
+
+
+def test_run_all_changes_only_what_the_arm_of_a_run_says():
+    for (env, arm, seed), args in listed_runs().items():
+        changed = dict(seed=seed, run_dir=f"runs/{env}__{arm}__{seed}") | ARMS[arm]
+        assert args == dataclasses.replace(erdp.preset(env), **changed), f"{env}, {arm}"
+
+
+def test_run_all_quick_is_the_toy_in_full_and_small_runs_on_recorded_data():
+    full, small = listed_runs(), listed_runs("quick", ERDP_DATA="/some where")
+    lines, without = listed("quick", ERDP_DATA="/some where"), listed("quick")
+    assert lines[: len(without)] == without == [line.replace(" runs/", " runs/quick/") for line in listed()[:33]]
+    envs = "hopper-medium-expert-v2", "antmaze-umaze-v0", "pen-human-v1"
+    assert {key for key in small if key[0] != "toy"} == {(env, arm, 0) for env in envs for arm in ("bc", "paper")}
+    for (env, arm, _), args in small.items():
+        if env != "toy":
+            expected = {"num_critics": 4} | ARMS[arm]
+            assert args.dataset and args.num_steps < 10_000 and vars(args).items() >= expected.items(), f"{env}, {arm}"
+    assert not {args.run_dir for args in small.values()} & {args.run_dir for args in full.values()}
+    minari = [line for line in lines if "--dataset standin/" in line]
+    assert len(minari) == 4 and all("MINARI_DATASETS_PATH=/some where/minari" in shlex.split(line) for line in minari)
+
+
+def test_run_all_runs_what_it_lists_and_then_the_report(project, tmp_path):
+    status, out, err = project.run("--jobs", "3", "quick")
+    assert (status, err.count("\n")) == (0, 1) and "ERDP_DATA is not set" in err
+    *calls, last = project.calls()
+    calls.sort(key=lambda call: "toy__q__3" not in call)
+    assert sorted(calls) == sorted(line.removeprefix("python ") for line in listed("quick"))
+    assert last == "results/report.py runs/quick"
+    assert out.count("finished: score 1.5, best 2.5 at update 3\n") == 30
+    log = (project.runs / "toy__q__3.log").read_text()
+    command, said = log.splitlines()
+    assert command.startswith("$ ") and command.endswith(" erdp.py " + calls[0].removeprefix("erdp.py "))
+    assert said == "final score 1.5, best 2.5 at update 3; see runs/quick/toy__q__3"
+
+
+def test_run_all_leaves_finished_runs_and_studies_alone(project):
+    assert project.run("quick")[0] == 0 and len(project.calls()) == 34
+    status, out, _ = project.run("quick")
+    assert status == 0 and out.count("is finished already\n") == 33
+    assert project.calls() == ["results/report.py runs/quick"]
+    assert project.run("task", "1", "quick")[0] == 0 and project.run("task", "31", "quick")[0] == 0
+    assert project.calls() == []
+    assert project.run("report", "quick")[0] == 0 and project.calls() == ["results/report.py runs/quick"]
+
+
+def test_run_all_resumes_a_run_that_has_a_checkpoint(project):
+    folder = project.runs / "toy__q__0"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").touch()
+    status, out, _ = project.run("task", number_of("toy__q__0"), "quick")
+    assert status == 0 and "toy__q__0 resumed\n" in out and "toy__q__0 finished: score 1.5" in out
+    (call,) = project.calls()
+    assert call.endswith("--run-dir runs/quick/toy__q__0 --resume")
+
+
+def test_run_all_starts_anew_where_there_is_no_checkpoint_and_deletes_nothing_else(project):
+    folder = project.runs / "toy__q__0"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "events.out.tfevents.17.host.3.0", ".part-checkpoint.pt"):
+        (folder / name).touch()
+    assert project.run("task", number_of("toy__q__0"), "quick")[0] == 0
+    assert {path.name for path in folder.iterdir()} == {"result.json"}
+    (folder / "result.json").rename(folder / "notes.txt")
+    project.calls()
+    status, _, err = project.run("task", number_of("toy__q__0"), "quick")
+    assert status == 1 and "toy__q__0" in err and (folder / "notes.txt").exists() and project.calls() == []
+
+
+def test_run_all_goes_on_after_a_failure_and_names_it_at_the_end(project):
+    status, out, _ = project.run("quick", BROKEN="q__[03]")
+    assert status == 1 and len(project.calls()) == 34, "all others and the report have run"
+    assert out.count("failed with status 3: see runs/quick/toy__q__0.log\n") == 1
+    last = [line.split(" ", 2)[2] for line in out.splitlines()[-2:]]
+    assert last == [f"toy__q__{seed} is not finished: see runs/quick/toy__q__{seed}.log" for seed in (0, 3)]
+    assert (project.runs / "toy__q__0.log").read_text().splitlines()[1:] == ["erdp: it is broken"]
+    assert project.run("task", number_of("toy__q__1"), "quick", BROKEN="q__1")[0] == 0, "it is finished"
+    assert project.run("task", number_of("toy__q__0"), "quick", BROKEN="q__0")[0] == 3, "the status is the run's"
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("words", ["--jobs 2 quick", "task 1 quick", "--jobs 2 task 1 quick"])
+def test_run_all_stops_its_runs_with_a_checkpoint_and_goes_on_later(project, by, words):
+    count = 1 if "task" in words else 2
+    child = started(project, count, *words.split())
+    os.killpg(child.pid, by)  # as Ctrl-C to the terminal's process group
+    if by != signal.SIGINT:  # as schedulers do
+        for path in project.runs.glob("*/config.json"):
+            os.kill(int(path.read_text()), by)
+    assert child.wait(timeout=30) == 130
+    assert len(list(project.runs.glob("*/checkpoint.pt"))) == count, "it ends after its runs"
+    assert child.communicate()[0].count(" stopped\n") == count
+    assert len(project.calls()) == count, "nothing else was started"
+    assert project.run(*words.split())[0] == 0
+    assert sum(call.endswith(" --resume") for call in project.calls()) == count
+
+
+def test_run_all_ends_at_once_at_a_second_ctrl_c(project):
+    child = started(project, 2, "--jobs", "2", "quick", SAVING="60")
+    for _ in range(100):  # two that come too close together count as one
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGINT)
+            time.sleep(0.1)
+    assert child.wait(timeout=30) == 130 and " stopped" not in child.communicate()[0]
+    assert not list(project.runs.glob("*/checkpoint.pt"))
+
+
+def test_run_all_keeps_two_processes_from_one_run(project):
+    child = started(project, 1, "task", "1", "quick")
+    status, out, _ = project.run("task", "1", "quick")
+    assert status == 1 and "is being run by another process" in out
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=30)
+    assert child.returncode == 130 and len(project.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["task", "task 0", "task 34 quick", "task x", "task 1 quick 2", "--jobs", "--jobs 0", "--jobs x full", "half"],
+)
+def test_run_all_says_in_one_sentence_what_is_wrong_with_its_words(project, words):
+    status, out, err = project.run(*words.split())
+    lines = [line for line in err.splitlines() if "ERDP_DATA" not in line]
+    assert (status, out, len(lines)) == (2, "", 1) and lines[0].startswith("run_all.sh: ")
+    assert project.calls() == []
+    status, _, err = project.run(PYTHON="no-such-python")
+    assert status == 2 and "no-such-python" in err
