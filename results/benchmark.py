@@ -163,7 +163,7 @@ def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float)
         lines.append([*line, speed, f"{best / rate['products']:.0%}", peak_memory(args.device)])
         bench.append(f"BENCH M={M} {best:.4g}")
         print(bench[-1], flush=True)
-    names = ["M", *ways, "ms (fastest)", "fastest / plain", "products alone (GFLOP/s)", "their share", "peak memory"]
+    names = ["M", *ways, "ms (fastest)", "fastest / plain", "float32 products alone (GFLOP/s)", "their share", "peak memory"]
     return table(names, lines), bench
 
 
