@@ -201,8 +201,11 @@ def markdown(command: str, estimated: dict, spreads: dict, norms: list) -> str:
         with np.errstate(invalid="ignore"):  # the deviation of infinities
             pairs = zip(runs.mean(0), runs.std(0), strict=True)
         values = [f"{mean:.3g} ± {deviation:.1g}" if np.isfinite(mean) else f"{mean}" for mean, deviation in pairs]
+        change = runs[:, 0] - spreads["none", 0.0][:, 0]
+        values.insert(1, f"{change.mean():+.3f} ± {change.std():.1g}" if alpha else "")
         policies.append([variant, f"{alpha:g}", *values, expected_deviation(variant, alpha)])
     header = [f"{clip}: {m}" for clip in ("clamped", "not clamped") for m in ("deviation", "entropy", "mean abs a")]
+    header.insert(1, "clamped: change of the deviation")
     return f"""# The entropy term of Eq. 15
 
 `{command}`, picture: [entropy.png](entropy.png). T = 5, schedule cosine.
@@ -226,8 +229,8 @@ A network of three hidden layers of 64, {UPDATES:,} updates on diffusion loss (E
 (alpha here is lambda alpha in Eq. 15). Data: one Gaussian of deviation {TARGET[1]}, whose entropy is
 {true_entropy(*TARGET):.3f}. T = 5 samples, x0-hat and sample clamped to [-1, 1] (Table 4's action clip) or neither;
 entropy -inf: samples heaped on single points. Mean ± deviation over {len(SEEDS)} seeds; the runs of a seed have the
-same data and noise. Expected: deviation, not clamped, of the exact noise divided by 1 - alpha / 2, which minimises the
-loss of variant "paper" if -log p is eps_phi^2 / 2 and a constant.
+same data and noise. Change: against alpha = 0 with the same seed. Expected: deviation, not clamped, of the exact noise
+divided by 1 - alpha / 2, which minimises the loss of variant "paper" if -log p is eps_phi^2 / 2 and a constant.
 
 {table(["variant", "alpha", *header, "expected"], policies)}
 
@@ -257,7 +260,7 @@ def draw(estimated: dict, spreads: dict, path: Path):
         panel.legend(fontsize=8, loc="lower left" if variant == "paper" else "upper right")
     for variant in VARIANTS:
         runs = [spreads["none", 0.0], *(spreads[variant, alpha] for alpha in ALPHAS)]
-        mean, error = [r.mean(0)[0] for r in runs], [r.std(0)[0] for r in runs]
+        mean, error = [r[:, 0].mean() for r in runs], [r[:, 0].std() for r in runs]
         axes[2].errorbar(range(len(runs)), mean, error, fmt="o-", capsize=3, label=variant)
     axes[2].axhline(TARGET[1], color="0.4", linestyle="--", label="the data")
     axes[2].set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
