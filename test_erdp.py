@@ -3863,6 +3863,7 @@ def test_report_judges_figure_1_both_ways(report, tmp_path):
         written(report, tmp_path / outcome, tmp_path / "out")
         said[outcome] = (tmp_path / "out" / "figure1.md").read_text()
     assert "Here it holds: their mean final score of 91.0 is above 55.0" in said["good"]
+    assert "within what seeds alone" not in said["good"]
     assert "Here it does not hold: their mean final score of 91.0 is not above 99.1" in said["bad"]
     assert (tmp_path / "out" / "figure1.png").exists() and "| both | 4,000 |" in said["bad"]
 
