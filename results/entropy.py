@@ -1,7 +1,7 @@
 """The entropy term of Eq. 15: what its estimate follows, what it does to a policy, and how large its gradient is.
 
     python results/entropy.py                                       # writes entropy.png and entropy.md beside this file
-    python results/entropy.py --checkpoint runs/NAME/checkpoint.pt  # (c) for that run too, on its own data
+    python results/entropy.py --checkpoint runs/NAME/checkpoint.pt  # (c) for that run, on its data: entropy-trained.md
     python results/entropy.py --out FOLDER
 
 (a) The estimate, -log p of Eq. 14, as `erdp.policy_loss` computes it, beside the entropy that it stands for, where both
@@ -187,7 +187,18 @@ def gradients(name: str, agent, data):
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 
-def markdown(command: str, estimated: dict, spreads: dict, norms: list) -> str:
+def shares(norms: list) -> str:
+    """(c): what the columns are, and the table."""
+    columns = ["networks", "M", "eta", "variant", "diffusion", "Q", "entropy", "cosine"]
+    return f"""\
+Norm of each term's gradient in the policy's weights, and its share of the sum of the three norms; mean over
+{BATCHES} batches of 256; alpha = 0.01. Cosine: between the gradients of entropy and diffusion term.
+
+{table(columns, norms)}
+"""
+
+
+def markdown(estimated: dict, spreads: dict, norms: list) -> str:
     rows = [[name, *(f"{value:.3f}" for value in values)] for name, values in estimated.items()]
     groups = {"Gaussians": GAUSSIANS, "modes": MIXTURES, "moved Gaussian": MOVED, "all": estimated}
     ranks = []
@@ -208,7 +219,7 @@ def markdown(command: str, estimated: dict, spreads: dict, norms: list) -> str:
     header.insert(1, "clamped: change of the deviation")
     return f"""# The entropy term of Eq. 15
 
-`{command}`, picture: [entropy.png](entropy.png). T = 5, schedule cosine.
+`python results/entropy.py`, picture: [entropy.png](entropy.png). T = 5, schedule cosine.
 
 ## (a) The estimate and the entropy that it stands for
 
@@ -236,13 +247,11 @@ divided by 1 - alpha / 2, which minimises the loss of variant "paper" if -log p 
 
 ## (c) Its share of the gradient of Eq. 15
 
-Norm of each term's gradient in the policy's weights, and its share of the sum of the three norms; mean over {BATCHES}
-batches of 256; alpha = 0.01. Cosine: between the gradients of entropy and diffusion term. Untrained: networks as
-initialised, with AntMaze's sizes (state {STATE_DIM}, action {ACTION_DIM}) and settings, on made-up data (Gaussian
-states, uniform actions); an untrained Q is near 0, and lambda, which divides by its magnitude, large.
+Networks as initialised, with AntMaze's sizes (state {STATE_DIM}, action {ACTION_DIM}) and settings, on made-up data
+(Gaussian states, uniform actions): Q is near 0, and lambda, which divides by its magnitude, large. Trained networks are
+in [entropy-trained.md](entropy-trained.md).
 
-{table(["networks", "M", "eta", "variant", "diffusion", "Q", "entropy", "cosine"], norms)}
-"""
+{shares(norms)}"""
 
 
 def draw(estimated: dict, spreads: dict, path: Path):
@@ -273,8 +282,8 @@ def draw(estimated: dict, spreads: dict, path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of entropy.png and entropy.md")
-    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="checkpoint.pt of runs, for (c)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="the folder to write to")
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="(c) alone, for these checkpoints")
     args = parser.parse_args()
     folder = output_folder(parser, args.out)
     torch.set_num_threads(1)
@@ -282,17 +291,20 @@ def main():
         agents = [trained_agent(path) for path in args.checkpoint]
     except erdp.UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    if agents:
+        norms = [line for agent, data, name in agents for line in gradients(name, agent, data)]
+        command = " ".join(["python results/entropy.py --checkpoint", *map(str, args.checkpoint)])
+        head = f"# The entropy term's share of the gradient of Eq. 15, in trained networks\n\n`{command}`\n\n"
+        (folder / "entropy-trained.md").write_text(head + shares(norms))
+        return
     estimated = {name: estimates(*target) for name, target in (GAUSSIANS | MIXTURES | MOVED).items()}
     spreads = {}
     for variant, alpha in [("none", 0.0), *((variant, alpha) for variant in VARIANTS for alpha in ALPHAS)]:
         policies = [trained(alpha, variant, seed) for seed in SEEDS]
         spreads[variant, alpha] = np.array([spread(p, True) + spread(p, False) for p in policies])
     norms = list(gradients("untrained, made-up data", *fresh_agent()))
-    for agent, data, name in agents:
-        norms += gradients(name, agent, data)
-    command = " ".join(["python results/entropy.py", *(["--checkpoint"] if agents else []), *map(str, args.checkpoint)])
     draw(estimated, spreads, folder / "entropy.png")
-    (folder / "entropy.md").write_text(markdown(command, estimated, spreads, norms))
+    (folder / "entropy.md").write_text(markdown(estimated, spreads, norms))
 
 
 if __name__ == "__main__":
