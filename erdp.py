@@ -103,7 +103,7 @@ class Args:
     clip_denoised: bool = True
     """clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)"""
     compile: bool = False
-    """compile the losses with torch.compile: about 1.7 times as fast, after a minute at most (CPU) to compile them"""
+    """compile the losses with torch.compile: on a CPU about 1.5 times as fast, once that has taken half a minute"""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """of matrix products: float32, tf32 (CUDA), or bf16 for the ensemble's; all else is float32"""
     eval_every: int = 50_000

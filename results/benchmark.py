@@ -162,7 +162,7 @@ def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float)
         speed = f"{rate['products']:.4g} ({operations * rate['products'] / 1e9:.0f})"
         lines.append([*line, speed, f"{best / rate['products']:.0%}", peak_memory(args.device)])
         bench.append(f"BENCH M={M} {best:.4g}")
-        print(bench[-1], flush=True)
+        print(bench[-1], file=sys.stderr)
     bound = "float32 products alone (GFLOP/s)", "their share"
     return table(["M", *ways, "ms (fastest)", "fastest / plain", *bound, "peak memory"], lines), bench
 
@@ -235,7 +235,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=15.0, help="of timing a line")
     parser.add_argument("--growth", action="store_true", help="how cost grows, in place of the comparison")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
+    parser.error = lambda message: parser.exit(2, f"benchmark: {message}: see --help\n")
     options = parser.parse_args()
+    if min(options.critics) < 1 or not options.seconds > 0:
+        parser.error("--critics must be at least 1 and --seconds more than 0")
     args = dataclasses.replace(erdp.preset(options.env), dataset=options.dataset, eval_episodes=100)
     args.precision = options.precision or args.precision
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
