@@ -32,6 +32,7 @@ from pathlib import Path
 import gymnasium as gym
 import torch
 import torch.nn.functional as F
+from figure2 import table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import erdp  # noqa: E402
@@ -143,11 +144,6 @@ def peak_memory(device: str) -> str:
     return f"{peak / 1e9:.2f} GB"
 
 
-def table(names: list[str], lines: list[list]) -> str:
-    rows = [names, ["---"] * len(names), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
 def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float) -> tuple[str, list[str]]:
     """The table of all ways by M, and the BENCH lines."""
     ways, lines, bench = WAYS[torch.device(args.device).type], [], []
@@ -192,6 +188,7 @@ def evaluation_speed(args: erdp.Args, seconds: float) -> str:
 
         gym.register_envs(gymnasium_robotics)
         env = gym.make("AntMaze_UMaze-v5", continuing_task=False)
+        env.close()
     low, high = env.action_space.low, env.action_space.high
     task = erdp.Task("antmaze", None, "", env.spec, None, env.observation_space, low, high, 0.0, 1.0)
     actor = erdp.Agent(task.state_dim, len(low), args, args.device).actor(low, high)

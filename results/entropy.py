@@ -25,9 +25,9 @@ from figure2 import (  # noqa: E402
     closed_form_deviation,
     gaussian,
     optimal,
-    output_folder,
     predictor,
     quantiles,
+    start,
     table,
 )
 
@@ -281,12 +281,10 @@ def draw(estimated: dict, spreads: dict, path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="the folder to write to")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="(c) alone, for these checkpoints")
-    args = parser.parse_args()
-    folder = output_folder(parser, args.out)
-    torch.set_num_threads(1)
+    args = start(parser)
+    folder = args.out
     try:
         agents = [trained_agent(path) for path in args.checkpoint]
     except erdp.UserError as error:

@@ -227,20 +227,21 @@ def draw(cosine: dict, path: Path):
     plt.close(figure)
 
 
-def output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
-    """`folder`, made where it is not there; ends the program where it cannot be."""
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a study, with --out, whose folder is made; ends the program where that cannot be."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="the folder to write to")
+    args = parser.parse_args()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: --out {folder} cannot be made a folder ({error.strerror})\n")
-    return folder
+        parser.exit(2, f"{parser.prog}: --out {args.out} cannot be made a folder ({error.strerror})\n")
+    torch.set_num_threads(1)
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of figure2.png and figure2.md")
-    folder = output_folder(parser, parser.parse_args().out)
-    torch.set_num_threads(1)
+    folder = start(argparse.ArgumentParser(description=__doc__)).out
     results = {
         schedule: {T: {name: measure(schedule, T, sampler) for name, sampler in SAMPLERS.items()} for T in STEPS}
         for schedule in SCHEDULES

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from figure2 import exact_noise, gaussian, output_folder, table
+from figure2 import exact_noise, gaussian, start, table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -199,10 +199,7 @@ def draw(result: dict, path: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of likelihood.png and likelihood.md")
-    folder = output_folder(parser, parser.parse_args().out)
-    torch.set_num_threads(1)
+    folder = start(argparse.ArgumentParser(description=__doc__)).out
     result, longer = results(), longer_training()
     draw(result, folder / "likelihood.png")
     (folder / "likelihood.md").write_text(markdown(result, longer))

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import figure2
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -280,9 +281,7 @@ def outcome(group: Group) -> list:
 
 def table(head: str, lines: list[list]) -> str:
     """A Markdown table; `head` has the names of the columns between commas. "None." if there is no line."""
-    names = head.split(", ")
-    rows = [names, ["---"] * len(names), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n" if lines else "None.\n"
+    return figure2.table(head.split(", "), lines) + "\n" if lines else "None.\n"
 
 
 def tables(groups: list[Group], unfinished: list[Run], scores: dict, pictures: set[str]) -> str:
