@@ -3910,7 +3910,7 @@ def test_report_diagnoses_a_run(report, tmp_path, capsys):
     text = (run / "diagnosis.md").read_text()
     assert (run / "diagnosis.png").exists() and "256 episodes" in text and text in capsys.readouterr().out
     (run / "checkpoint.pt").write_bytes(b"no checkpoint")
-    assert report.main(["--diagnose", str(run)]) == 2 and "checkpoint.pt is damaged" in capsys.readouterr().err
+    assert report.main(["--diagnose", str(run)]) == 2 and "not a whole checkpoint.pt" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -124,32 +124,38 @@ def expected_deviation(variant: str, alpha: float) -> str:
 
 # ---- (c) its share of the gradient -----------------------------------------------------------------------------------
 
-def gradient(agent, batch, noise, args):
-    """The gradient of Eq. 15 in the policy's weights, as one vector."""
-    with torch.no_grad():
-        q_data = agent.critics(batch.state, batch.action)
-    loss, *_ = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, args)
-    return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(agent.policy.parameters()))])
+def gradient(loss, module):
+    """The gradient of `loss` in the weights of `module`, as one vector."""
+    return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def terms_of_eq15(agent, batch, noise, q_data, args):
+    """The diffusion, Q and entropy term of one batch: values (3,), and gradients in the policy's weights (3, P).
+
+    A term is the difference that a setting makes to the loss: lambda, and the magnitude by which variant "released"
+    divides, are constants to the gradient. q_data (M, B) is the ensemble's Q of the batch.
+    """
+    losses, gradients = [], []
+    for changes in (dict(eta=0.0, entropy_coef=0.0), dict(entropy_coef=0.0), {}):
+        changed = dataclasses.replace(args, **changes)
+        loss, *_ = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, changed)
+        losses.append(loss.detach())
+        gradients.append(gradient(loss, agent.policy))
+    return tuple(torch.diff(torch.stack([x[0] * 0, *x]), dim=0) for x in (losses, gradients))
 
 
 def term_norms(agent, data, args, batches: int = BATCHES):
-    """Mean norms of the gradients of diffusion, Q and entropy term, and mean cosine of the last with the first.
-
-    lambda and the magnitude by which variant "released" divides are constants to the gradient, so that each term's
-    gradient is a difference of the whole one's between two settings.
-    """
+    """Mean norms of the gradients of diffusion, Q and entropy term, and mean cosine of the last with the first."""
     generator, result = torch.Generator().manual_seed(0), []
     for _ in range(batches):
         noise = erdp.empty_noise(args, data.action.shape[1], "cpu")
         erdp.draw(noise, len(data.reward), generator)
         batch = erdp.Batch(*(column[noise.rows] for column in data))
-        diffusion, without, whole = (
-            gradient(agent, batch, noise, dataclasses.replace(args, **changes))
-            for changes in (dict(eta=0.0, entropy_coef=0.0), dict(entropy_coef=0.0), {})
-        )
-        q, entropy = without - diffusion, whole - without
-        cosine = torch.cosine_similarity(entropy, diffusion, dim=0)
-        result.append([float(x) for x in (diffusion.norm(), q.norm(), entropy.norm(), cosine)])
+        with torch.no_grad():
+            q_data = agent.critics(batch.state, batch.action)
+        _, gradients = terms_of_eq15(agent, batch, noise, q_data, args)
+        cosine = torch.cosine_similarity(gradients[2], gradients[0], dim=0)
+        result.append([*gradients.norm(dim=1).tolist(), float(cosine)])
     return np.mean(result, 0)
 
 
@@ -162,17 +168,23 @@ def fresh_agent():
     return erdp.Agent(STATE_DIM, ACTION_DIM, args), erdp.Batch(state, action, reward, next_state, reward)
 
 
-def trained_agent(path: Path):
-    """The agent of a run's checkpoint.pt, that run's data, and what to call them. Raises erdp.UserError."""
+def load_agent(path: Path):
+    """The agent of a run's checkpoint.pt, on the CPU, and what else that file holds. Raises erdp.UserError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        args = dataclasses.replace(erdp.Args(**saved["args"]), device="cpu", compile=False)
-        agent = erdp.Agent(saved["about"]["state_dim"], saved["about"]["action_dim"], args)
-        agent.policy.load_state_dict(saved["agent"]["policy"])
-        agent.critics.load_state_dict(saved["agent"]["critics"])
-        name = f"{args.env} on {saved['about']['dataset_id']}, alpha {args.entropy_coef:g}, {saved['step']} updates"
+        args, about = dataclasses.replace(erdp.Args(**saved["args"]), device="cpu", compile=False), saved["about"]
+        agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
+        agent.load_state_dict(saved["agent"])
     except Exception as error:  # torch.load raises many
         raise erdp.UserError(f"{path} is not a whole checkpoint.pt of a run ({erdp.short(error)})") from error
+    return agent, saved
+
+
+def trained_agent(path: Path):
+    """The agent of a run's checkpoint.pt, that run's data, and what to call them. Raises erdp.UserError."""
+    agent, saved = load_agent(path)
+    args, data = agent.args, saved["about"]["dataset_id"]
+    name = f"{args.env} on {data}, alpha {args.entropy_coef:g}, {saved['step']} updates"
     return agent, erdp.load_data(erdp.open_task(args), args), name
 
 

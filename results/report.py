@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import entropy
 import figure2
 import numpy as np
 import torch
@@ -497,31 +498,20 @@ def start_actions(agent: erdp.Agent, data: erdp.Batch, starts: np.ndarray) -> di
 
 
 def loss_terms(agent: erdp.Agent, data: erdp.Batch, batches: int = 20) -> dict[str, tuple[float, float]]:
-    """Each term of Eq. 15, and Eq. 16: its value and the norm of its gradient, means over batches.
-
-    A term is the difference that a setting makes to the loss: none but the diffusion loss, then eta, then alpha.
-    """
-
-    def gradient(loss, module):
-        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(module.parameters()))])
-
-    args, sde, found, generator = agent.args, agent.sde, [], torch.Generator().manual_seed(0)
+    """Each term of Eq. 15, and Eq. 16: its value and the norm of its gradient, means over batches."""
+    args, found, generator = agent.args, [], torch.Generator().manual_seed(0)
     noise = erdp.empty_noise(args, data.action.shape[1], "cpu")
     for _ in range(batches):
         erdp.draw(noise, len(data.reward), generator)
         batch = erdp.Batch(*(column[noise.rows] for column in data))
         next_state = batch.next_state.repeat(noise.next_action.shape[1] // args.batch_size, 1)
         with torch.no_grad():
-            a = erdp.sample_actions(agent.policy_ema, sde, next_state, noise.next_action, args.clip_denoised)
+            a = erdp.sample_actions(agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised)
         a = a.view(-1, *batch.action.shape)
         q_loss, q = erdp.critic_loss(agent.critics, agent.critics_target, batch, a, args.pessimism)
-        loss, grad = [torch.zeros(())], [torch.zeros(())]
-        for change in (dict(eta=0, entropy_coef=0), dict(entropy_coef=0), {}):
-            changed = dataclasses.replace(args, **change)
-            loss.append(erdp.policy_loss(agent.policy, agent.critics, sde, batch, noise, q.detach(), changed)[0])
-            grad.append(gradient(loss[-1], agent.policy))
-        terms = [(loss[i] - loss[i - 1], grad[i] - grad[i - 1]) for i in (1, 2, 3)]
-        terms += [(loss[3], grad[3]), (q_loss, gradient(q_loss, agent.critics))]
+        losses, gradients = entropy.terms_of_eq15(agent, batch, noise, q.detach(), args)
+        terms = [*zip(losses, gradients), (losses.sum(), gradients.sum(0))]
+        terms.append((q_loss, entropy.gradient(q_loss, agent.critics)))
         found.append([(value.item(), g.norm().item()) for value, g in terms])
     names = "diffusion loss", "-lambda Q", "entropy term", "all of Eq. 15", "Eq. 16"
     return dict(zip(names, np.mean(found, 0).tolist(), strict=True))
@@ -530,15 +520,7 @@ def loss_terms(agent: erdp.Agent, data: erdp.Batch, batches: int = 20) -> dict[s
 def diagnose(folder: Path) -> str:
     """Writes diagnosis.md and diagnosis.png into a run's folder, from its checkpoint.pt and its data."""
     config = read_run(folder).config
-    args, path = args_of(config), folder / "checkpoint.pt"
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}: give the folder of a run that has one")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        agent = erdp.Agent(saved["about"]["state_dim"], saved["about"]["action_dim"], args)
-        agent.load_state_dict(saved["agent"])
-    except Exception as error:  # torch.load raises many
-        raise UserError(f"{path} is damaged ({erdp.short(error)}): give another run's folder") from error
+    args, (agent, saved) = args_of(config), entropy.load_agent(folder / "checkpoint.pt")
     data, (score, episodes, n) = erdp.load_data(erdp.open_task(args), args), data_score(args)
     if n != config["transitions"]:
         theirs = f"the {config['transitions']} of the run"
