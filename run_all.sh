@@ -156,9 +156,11 @@ run_lines() { # I...: $jobs lines at a time. Returns the status of the only one 
     return "$status"
 }
 
-report() { # beside the runs, the records that come with the project
-    local folders=("$runs")
-    [[ ! -d results/runs ]] || folders+=(results/runs)
+report() { # of the runs, and of the records that come with the project
+    local folder folders=()
+    for folder in "$runs" results/runs; do
+        [[ ! -d $folder ]] || folders+=("$folder")
+    done
     "$python" results/report.py "${folders[@]}"
 }
 

@@ -3850,21 +3850,29 @@ def test_report_can_be_made_again_from_what_was_collected(report, tmp_path):
     assert report.main([str(tmp_path / "others"), "--collect", str(tmp_path / "kept")]) == 2
 
 
-def test_report_judges_figure_1_both_ways(report, tmp_path):
-    arms = dict(report.TOY)
-    for name, arm in arms.items():
-        for seed in range(3):
-            final = dict.fromkeys(arms, 50.0 + 5 * seed) | {"both": 90.0 + seed}
-            record(tmp_path / "good" / f"{name}{seed}", "toy", [1.0, final[name]], seed=seed, **arm)
-            final |= {"plain Q": 99.0 + 0.1 * seed}
-            record(tmp_path / "bad" / f"{name}{seed}", "toy", [1.0, final[name]], seed=seed, **arm)
+def test_report_judges_figure_1_each_way(report, tmp_path):
+    others = [50.0, 55.0, 60.0]
+    cases = {
+        "good": {"both": [90.0, 91.0, 92.0]},
+        "bad": {"both": [90.0, 91.0, 92.0], "plain Q": [99.0, 99.1, 99.2]},
+        "unsure": {"both": [56.0, 50.0, 66.0]},
+    }
     said = {}
-    for outcome in ("good", "bad"):
-        written(report, tmp_path / outcome, tmp_path / "out")
-        said[outcome] = (tmp_path / "out" / "figure1.md").read_text()
-    assert "Here it holds: their mean final score of 91.0 is above 55.0" in said["good"]
-    assert "within what seeds alone" not in said["good"]
-    assert "Here it does not hold: their mean final score of 91.0 is not above 99.1" in said["bad"]
+    for case, finals in cases.items():
+        for name, arm in report.TOY.items():
+            for seed, final in enumerate(finals.get(name, others)):
+                record(tmp_path / case / f"{name}{seed}", "toy", [1.0, final], seed=seed, **arm)
+        record(tmp_path / case / "more", "toy", [1.0, 0.0], seed=3)  # a seed that the others lack does not count
+        written(report, tmp_path / case, tmp_path / "out")
+        said[case] = (tmp_path / "out" / "figure1.md").read_text()
+    verdicts = dict(good="the claim holds", bad="the claim does not hold", unsure="these seeds cannot tell")
+    for case, words in verdicts.items():
+        assert said[case].count(f"**{words}**") == 2 and said[case].count("**") == 4
+    assert "is 91.0, the best of the others 55.0" in said["good"]
+    assert "+36.0 with a standard error of 2.3" in said["good"]
+    assert "a ratio of 0.20, where chance alone makes ratios from 0.24 to 4.11" in said["good"]
+    assert "is 91.0, the best of the others 99.1" in said["bad"]
+    assert "+2.3 with a standard error of 3.7" in said["unsure"]
     assert (tmp_path / "out" / "figure1.png").exists() and "| both | 4,000 |" in said["bad"]
 
 
@@ -4065,6 +4073,13 @@ def test_run_all_runs_what_it_lists_and_then_the_report(project, tmp_path):
     command, said = log.splitlines()
     assert command.startswith("$ ") and command.endswith(" erdp.py " + calls[0].removeprefix("erdp.py "))
     assert said == "final score 1.5, best 2.5 at update 3; see runs/quick/toy__q__3"
+
+
+def test_run_all_reports_on_the_projects_own_records_before_any_run(project):
+    (project.runs.parents[1] / "results" / "runs").mkdir(parents=True)
+    assert project.run("report")[0] == 0 and project.calls() == ["results/report.py results/runs"]
+    project.runs.mkdir(parents=True)
+    assert project.run("report")[0] == 0 and project.calls() == ["results/report.py runs results/runs"]
 
 
 def test_run_all_leaves_finished_runs_and_studies_alone(project):

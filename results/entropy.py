@@ -43,7 +43,7 @@ ALPHAS = 0.01, 0.1, 1.0, 10.0
 TARGET = [0.0], 0.3  # of (b)
 SEEDS, UPDATES = range(3), 1_500  # a seed's runs differ in nothing but alpha and variant
 STATE_DIM, ACTION_DIM = 31, 8  # of (c): AntMaze's
-BATCHES = 4  # over which (c) takes the mean of its norms
+BATCHES = 20  # over which (c) takes the mean of its norms
 
 
 def flat_critics(state, action, frozen: bool = False):
@@ -273,19 +273,20 @@ def draw(estimated: dict, spreads: dict, path: Path):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.3))
+    axes[1].sharey(axes[0])
     for panel, column, variant in ((axes[0], 2, "paper"), (axes[1], 3, "released")):
         labels = "Gaussians of growing deviation", "two modes moving apart", "one narrow Gaussian moving away from 0"
         for names, label in zip((GAUSSIANS, MIXTURES, MOVED), labels, strict=True):
             panel.plot(*zip(*((estimated[n][0], estimated[n][column]) for n in names), strict=True), "o-", label=label)
-        panel.set(xlabel="true entropy", ylabel="estimate, -log p of Eq. 14", title=f"(a) the estimate, {variant}")
+        panel.set(xlabel="true entropy", ylabel="estimate, -log p", title=f"(a) what the term measures, {variant}")
         panel.legend(fontsize=8, loc="lower left" if variant == "paper" else "upper right")
     for variant in VARIANTS:
         runs = [spreads["none", 0.0], *(spreads[variant, alpha] for alpha in ALPHAS)]
         mean, error = [r[:, 0].mean() for r in runs], [r[:, 0].std() for r in runs]
         axes[2].errorbar(range(len(runs)), mean, error, fmt="o-", capsize=3, label=variant)
-    axes[2].axhline(TARGET[1], color="0.4", linestyle="--", label="the data")
+    axes[2].axhline(TARGET[1], color="0.4", linestyle="--", label=f"the data: {TARGET[1]}")
     axes[2].set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
-    axes[2].set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) trained policies")
+    axes[2].set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) what it makes")
     axes[2].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)

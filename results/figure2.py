@@ -28,6 +28,7 @@ from erdp import SCHEDULES, MeanRevertingSDE, sample_actions  # noqa: E402
 STEPS = 2, 3, 5, 10, 20, 30, 50, 100, 200
 ROWS = 10_000  # samples a distribution, sampler and T
 ONE, TWO = ([0.0], 0.3), ([-0.5, 0.5], 0.1)  # the targets of (b): equally likely modes, and the deviation of each
+BETWEEN = 0.3  # two deviations from the modes of TWO
 BOUNDS = 0.3, 0.2, 0.05, 0.02  # of the rms error in (a)
 
 
@@ -118,6 +119,7 @@ class Measure(NamedTuple):
     one: float  # deviation of the samples for ONE, and their Wasserstein-1 distance from it
     distance_one: float
     two: float  # deviation of the absolute value of the samples for TWO: the width of a mode
+    between: float  # share of those samples between the modes, within BETWEEN of 0
     distance_two: float
 
 
@@ -129,7 +131,8 @@ def measure(schedule: str, T: int, sampler) -> Measure:
     one, two = (sampler(predictor(sde, *target), sde, noise)[:, 0].numpy() for target in (ONE, TWO))
     distances = (scipy.stats.wasserstein_distance(a, quantiles(*target)) for a, target in ((one, ONE), (two, TWO)))
     exact = closed_form_deviation(sampler, sde, predictor(sde, *ONE))
-    return Measure(float(error), exact, one.std(), next(distances), np.abs(two).std(), next(distances))
+    width, between = np.abs(two).std(), (np.abs(two) < BETWEEN).mean()
+    return Measure(float(error), exact, one.std(), next(distances), width, between, next(distances))
 
 
 def table(header, rows) -> str:
@@ -139,8 +142,8 @@ def table(header, rows) -> str:
 
 def markdown(results: dict) -> str:
     """results[schedule][T][sampler] is a Measure."""
-    cosine, mode = results["cosine"], np.abs(quantiles(*TWO)).std()
-    errors = [[name, *(f"{cosine[T][name].error:.1g}" for T in STEPS)] for name in SAMPLERS]
+    cosine, two = results["cosine"], np.abs(quantiles(*TWO))
+    errors = [[name, *(f"{cosine[T][name].error:.2g}" for T in STEPS)] for name in SAMPLERS]
     first = [
         [schedule, name, *(next((T for T in STEPS if of_T[T][name].error < bound), "none") for bound in BOUNDS)]
         for schedule, of_T in results.items()
@@ -181,8 +184,8 @@ One Gaussian of deviation {ONE[1]:.2f}, from standard Gaussian noise and with th
 E(eps given x_t): deviation of the samples in closed form (each sampler is linear in its noise here), schedule cosine.
 Optimal sampling takes x0-hat = E(x_0 given x_t) for x_0 in each step, and so loses variance that x_0 has given x_t; in
 the last step, which adds no noise, all of it. The last column is what that step alone makes of an x_1 that is
-distributed as it should be. So a policy that knows the noise exactly still samples nearer to the mean, or to the modes,
-of the data's actions than the data does.
+distributed as it should be. So a policy that knows the noise exactly still samples nearer to the mean of the data's
+actions than the data does.
 
 {table(["T", *SAMPLERS, "E(x_0 given x_1)"], exact)}
 
@@ -192,9 +195,11 @@ to the target.
 {samples(one="sd", distance_one="W1")}
 
 Two equally likely modes at ±{TWO[0][1]:.2f} of deviation {TWO[1]:.2f} each. mode sd: deviation of the samples'
-absolute value, the width of a mode where the modes lie apart (target {mode:.3f}).
+absolute value, the width of a mode where the modes lie apart (target {two.std():.3f}). between: share of the samples
+between the modes, within ±{BETWEEN} (target {(two < BETWEEN).mean():.3f}): on a coarse grid a step's x0-hat, a mean
+over both modes, pulls samples to where there is no data.
 
-{samples(two="mode sd", distance_two="W1")}
+{samples(two="mode sd", between="between", distance_two="W1")}
 """
 
 
@@ -206,7 +211,7 @@ def draw(cosine: dict, path: Path):
 
     figure, (known, one, two) = plt.subplots(1, 3, figsize=(15, 4.3))
     for name, colour in zip(SAMPLERS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
-        error, exact, sd, _, _, distance = zip(*(cosine[T][name] for T in STEPS), strict=True)
+        error, exact, sd, *_, distance = zip(*(cosine[T][name] for T in STEPS), strict=True)
         known.plot(STEPS, error, "o-", color=colour, label=name)
         one.plot(STEPS, exact, color=colour, label=name)
         one.plot(STEPS, sd, "o", color=colour)
@@ -215,10 +220,10 @@ def draw(cosine: dict, path: Path):
     one.plot([], [], "k-", label="line: closed form, points: samples")
     known.set(ylabel="rms error", title="(a) a known x_0, reconstructed", ylim=(-0.03, 1))
     one.set(ylabel="deviation of the samples", title="(b) one Gaussian, from its exact noise", ylim=(-0.03, 1))
-    two.set(ylabel="Wasserstein-1 distance", title="(b) two modes, from their exact noise", ylim=(-0.02, 0.7))
+    two.set(ylabel="Wasserstein-1 distance", title="(c) two modes, from their exact noise", ylim=(-0.02, 0.7))
     for axes in (known, one, two):
-        axes.axvline(5, color="0.85", zorder=0)
-        axes.set(xscale="log", xlabel="T")
+        axes.axvline(5, color="0.85", zorder=0, label="T = 5, the paper's")
+        axes.set(xscale="log", xlabel="T (some points lie above the frame)")
         axes.set_xticks(STEPS, STEPS)
         axes.minorticks_off()
         axes.legend()

@@ -27,6 +27,7 @@ LOSSES = "noise", "posterior", "likelihood"
 STEPS = 3, 5, 10, 20, 50
 WIDTH = 0.1  # deviation of an action given its state
 UPDATES, LONGER = 2_000, 8_000  # the latter for T = 5 alone
+TICKS = 0.003, 0.01, 0.03, 0.1, 0.3, 1  # of the picture
 STATES, SAMPLES = 50, 400  # of the measurement, samples a state
 
 
@@ -180,14 +181,17 @@ def draw(result: dict, path: Path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.3))
     for i, panel in enumerate(axes):
         for loss, colour in zip(LOSSES, ("tab:blue", "tab:green", "tab:red"), strict=True):
-            for clip, mark in ((False, "o-"), (True, "x--")):
-                label = f"{loss}, x0-hat {'clipped' if clip else 'not clipped'}"
-                panel.plot(STEPS, [result[loss, clip, T][i] for T in STEPS], mark, color=colour, label=label)
-                best = [result[loss, clip, T][i + 2] for T in STEPS]
-                if loss == "likelihood":
-                    panel.plot(STEPS, best, mark[0] + ":", color="0.5", label=f"minimiser of {label}")
+            if loss != "likelihood":  # clipping moves no point of these
+                panel.plot(STEPS, [result[loss, True, T][i] for T in STEPS], "o-", color=colour, label=loss)
+                continue
+            for clip, mark, how in ((False, "o", "not clipped"), (True, "x", "clipped")):
+                trained, best = ([result[loss, clip, T][i + j] for T in STEPS] for j in (0, 2))
+                panel.plot(STEPS, trained, mark + "-", color=colour, label=f"{loss}, x0-hat {how}")
+                panel.plot(STEPS, best, mark + ":", color="0.5", label=f"its minimiser, x0-hat {how}")
         panel.set(xscale="log", yscale="log", xlabel="T")
         panel.set_xticks(STEPS, STEPS)
+        ticks = [tick for tick in TICKS if panel.get_ylim()[0] < tick < panel.get_ylim()[1]]
+        panel.set_yticks(ticks, ticks)
         panel.minorticks_off()
     axes[1].axhline(WIDTH, color="k", linewidth=0.8, label="the data")
     axes[0].set(ylabel="rms error of a state's mean sample", title="Bias")

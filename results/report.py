@@ -33,8 +33,7 @@ plt.switch_backend("Agg")
 
 # ==== 1. What the paper prints ========================================================================================
 
-# Domain: title, last column of Table 1 or 2 in the order of erdp.ROWS, its printed average. None: our copy of the text
-# breaks off within Table 1's Kitchen part.
+# Domain: title, last column of Table 1 or 2 in the order of erdp.ROWS, its printed average. None: not transcribed.
 TABLES_1_AND_2 = {
     "gym": ("Table 1, Gym", (54.9, 94.2, 92.5, 57.0, 102.7, 94.20, 90.32, 111.9, 111.2), 89.9),
     "adroit": ("Table 1, Adroit", (67.2, 66.3), 66.8),
@@ -81,11 +80,12 @@ def sections() -> list[Section]:
     for domain, (title, figures, average) in TABLES_1_AND_2.items():
         rows = [env for env, row in erdp.ROWS.items() if row.domain == domain]
         lines = [(env, "", {}, "?" if x is None else f"{x}") for env, x in zip(rows, figures, strict=True)]
-        note = "Our copy of the paper's text breaks off at the figures marked with a question mark."
+        note = "The figures marked with a question mark are not transcribed here: see Table 1 of the paper."
         found.append(Section(title, note * (None in figures), lines, average))
     for M, (figures, average) in TABLE_5.items():
         lines = [(env, "", SIZES[M], f"{mean} ± {std}") for env, (mean, std) in zip(FOUR, figures, strict=True)]
-        found.append(Section(f"Tables 3 and 5, M = {M}", "", lines, average, "figure5.png" * (M == 64)))
+        title = f"Table{'' if M == 16 else 's 3 and'} 5, M = {M}"  # Table 3 is without M = 16
+        found.append(Section(title, "", lines, average, "figure5.png" * (M == 64)))
     note = "One critic, and no max Q-backup in training or inference: there, one sampled action, not the best of many."
     lines = [(env, f", alpha = {alpha}", arm, "curve") for env in FOUR for alpha, arm in ALPHAS.items()]
     found.append(Section("Figure 3, right", note, lines, None, "figure3.png"))
@@ -123,9 +123,9 @@ class Group(NamedTuple):
     def result(self, name: str) -> np.ndarray:
         return np.array([run.result[name] for run in self.runs])
 
-    def curve(self, name: str = "score_mean") -> tuple[list[float], np.ndarray]:
-        """The updates at which all runs were evaluated, and (seeds, evaluations) of a column of metrics.csv."""
-        columns = [{row["step"]: row[name] for row in run.rows} for run in self.runs]
+    def curve(self) -> tuple[list[float], np.ndarray]:
+        """The updates at which all runs were evaluated, and their scores (seeds, evaluations)."""
+        columns = [{row["step"]: row["score_mean"] for row in run.rows} for run in self.runs]
         steps = sorted(set.intersection(*map(set, columns)))
         return steps, np.array([[column[step] for step in steps] for column in columns])
 
@@ -290,8 +290,9 @@ def tables(groups: list[Group], unfinished: list[Run], scores: dict, pictures: s
     text = [
         "# The paper's tables, and what has been run\n",
         "Made by `python results/report.py`. Scores are D4RL's normalised ones, ± is the standard deviation over seeds "
-        "(divisor n). *Final* is a run's last evaluation, *best* its best one, which is what the paper reports. A line "
-        "is filled by runs on the row's own data, with the paper's settings there and its number of updates, alone.\n",
+        "(divisor n). *Final* is a run's last evaluation, *best* its best one: the released code keeps the best, the "
+        "paper does not say. Beside a figure of the paper stand only runs on the row's own data, with the paper's "
+        "settings there and its number of updates.\n",
     ]
     shown = []
     for title, note, rows, average, picture in sections():
@@ -317,24 +318,25 @@ def tables(groups: list[Group], unfinished: list[Run], scores: dict, pictures: s
             mean = "n/a" if score is None else f"{score:.1f}"
             lines.append([g.env, g.data, f"{g.transitions:,}", mean, label(g.arm), *numbers, *outcome(g)])
         text += [f"## {title}\n", "Not to be held against the paper's figures.\n"] if lines else [f"## {title}\n"]
-        head = "row's environment, data set, transitions, data's own score, arm, updates, episodes, final, best, seeds"
+        head = "row, data set, transitions, data's own score, settings, updates, episodes, final, best, seeds"
         text += [table(head, lines)]
     text += ["![Learning curves of the runs on other data](curves.png)\n"] * ("curves.png" in pictures)
     lines = []
     for path, config, rows, _ in unfinished:
         done = f"{rows[-1]['step']:,.0f} of {config['num_steps']:,}"
         lines.append([path.name, config["env"], data_name(config), label(arm_of(config)), config["seed"], done])
-    text += ["## Unfinished runs\n", table("folder, row's environment, data set, arm, seed, updates", lines)]
+    text += ["## Unfinished runs\n", table("folder, row, data set, settings, seed, updates", lines)]
     return "\n".join(text)
 
 
 # ==== 5. Learning curves ==============================================================================================
 
-def draw_band(axis, group: Group, name: str, column: str = "score_mean"):
-    steps, values = group.curve(column)
+def draw_band(axis, group: Group, name: str):
+    steps, values = group.curve()
     mean, std = values.mean(0), values.std(0)
-    (line,) = axis.plot(steps, mean, marker=".", label=f"{name} ({len(values)})")
-    axis.fill_between(steps, mean - std, mean + std, alpha=0.2, color=line.get_color())
+    seeds = f"{len(values)} seed" + "s" * (len(values) > 1)
+    (line,) = axis.plot(steps, mean, marker=".", label=f"{name} ({seeds})")
+    axis.fill_between(steps, mean - std, mean + std, alpha=0.1, color=line.get_color())
 
 
 def save(figure, path: Path):
@@ -344,20 +346,33 @@ def save(figure, path: Path):
 
 
 def draw_curves(path: Path, panels: dict[str, list[tuple[str, Group]]], scores: dict[str, float]):
-    """A panel for each title, four in a row, with the data's own score as a dashed line where it is known."""
-    width, height = min(len(panels), 4), -(-len(panels) // 4)
+    """A panel for each title, three in a row, with the data's own score as a dashed line where it is known."""
+    width, height = min(len(panels), 3), -(-len(panels) // 3)
     figure, axes = plt.subplots(height, width, figsize=(6 * width, 4.5 * height), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for name, group in lines:
             draw_band(axis, group, name)
-        if title in scores:
-            axis.axhline(scores[title], color="gray", linestyle="--", label="the data's own score")
+        score = scores.get(data_key(lines[0][1]))
+        if score is not None:
+            axis.axhline(score, color="gray", linestyle="--", label="the data's own score")
         axis.set(xlabel="updates", ylabel="score: mean ± deviation (seeds)")
-        axis.set_title(title.replace(": ", "\n"), fontsize="medium")
+        axis.set_title(title, fontsize="medium")
         axis.legend(fontsize="small")
     save(figure, path)
+
+
+def other_panels(groups: list[Group]) -> dict[str, list[tuple[str, Group]]]:
+    """The runs on other data: a panel for each data set and loss, and of each arm there its longest runs."""
+    panels = {}
+    for group in sorted(groups, key=lambda group: group.runs[0].config["num_steps"]):
+        if not group.own_data:
+            rest = {name: x for name, x in group.arm.items() if name not in MEASURING}
+            loss = {name: rest.pop(name) for name in ("loss", "clip_denoised") if name in rest}
+            title = data_key(group).replace(": ", "\n") + (f"\n{label(loss)}" if loss else "")
+            panels.setdefault(title, {})[label(rest)] = group
+    return {title: list(panels[title].items()) for title in sorted(panels)}
 
 
 def panels_of(groups: list[Group]) -> dict[str, dict]:
@@ -367,16 +382,12 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
         def lines(env):
             return [(f"{name}{key}", group) for key, arm in arms.items() for group in beside_paper(groups, env, arm)]
 
-        return {f"{env}: {name or 'method'}": found for env in FOUR if (found := lines(env))}
+        return {f"{env}\n{name or 'method'}": found for env in FOUR if (found := lines(env))}
 
-    other = {}
-    for group in groups:
-        if not group.own_data:
-            other.setdefault(data_key(group), []).append((label(group.arm), group))
     sizes = paper("M = ", {M: SIZES[M] for M in (1, 4, 64)})
     methods = paper("", {"Diffusion-QL": CLIPPED_DOUBLE_Q, "ours": {}})
     found = {"figure3.png": sizes | paper("alpha = ", ALPHAS), "figure4.png": methods, "figure5.png": sizes}
-    return {name: panels for name, panels in (found | {"curves.png": other}).items() if panels}
+    return {name: panels for name, panels in (found | {"curves.png": other_panels(groups)}).items() if panels}
 
 
 # ==== 6. Figure 1 =====================================================================================================
@@ -393,8 +404,8 @@ def figure1(groups: list[Group], out: Path):
         "Made by `python results/report.py`. Scores are in percent of the best possible return, ± is the standard "
         "deviation over seeds (divisor n). The deviation in training is that over the evaluations in the last half of "
         "a run, averaged over seeds.\n",
-        table("arm, updates, deviation in training, final, best, seeds", lines),
-        verdict({name: group.result("final") for name, group in found.items() if name in TOY}) + "\n",
+        table("policy, updates, deviation in training, final, best, seeds", lines),
+        verdict({name: {r.config["seed"]: r.result["final"] for r in g.runs} for name, g in found.items()}) + "\n",
     ]
     if found:
         draw_figure1(out / "figure1.png", found)
@@ -408,30 +419,41 @@ def toy_line(group: Group) -> list:
     return [f"{group.runs[0].config['num_steps']:,}", f"{unsteady:.1f}", *outcome(group)]
 
 
-def verdict(finals: dict[str, np.ndarray]) -> str:
-    """Whether entropy and ensemble together have the best mean and the least spread, as Figure 1 claims."""
-    if few := [name for name in TOY if len(finals.get(name, ())) < 2]:
-        return f"Whether the paper's claim holds cannot be said yet: fewer than two seeds of {', '.join(few)}."
-    ours = finals["both"]
-    rest = {name: finals[name] for name in ("plain Q", "+ entropy", "+ ensemble")}  # a cloned policy is steadily bad
-    rival, steady = max(rest, key=lambda name: rest[name].mean()), min(rest, key=lambda name: rest[name].std())
-    error = np.hypot(*(x.std(ddof=1) / len(x) ** 0.5 for x in (ours, rest[rival])))
-    gap = ours.mean() - rest[rival].mean()
-    holds = [gap > 0, ours.std() < rest[steady].std()]
-    how = "does not hold", "holds in part", "holds"
-    above, below = ("above" if holds[0] else "not above"), ("below" if holds[1] else "not below")
-    unsure = " The difference of the means is within what seeds alone make of it." if abs(gap) < 2 * error else ""
+def verdict(finals: dict[str, dict[int, float]]) -> str:
+    """Whether entropy and ensemble together have the best mean and the least spread, as Figure 1 claims.
+
+    finals[arm][seed] is a final score. It is about the policies that learn with Q (a cloned one is steadily bad), and
+    the seeds that all of them have. A difference beyond two standard errors counts.
+    """
+    arms = [name for name in TOY if name != "behaviour cloning"]
+    seeds = sorted(set.intersection(*(set(finals.get(name, ())) for name in arms)))
+    n = len(seeds)
+    if n < 2:
+        return "Whether the paper's claim holds cannot be said yet: it takes two seeds that all arms have."
+    scores = {name: np.array([finals[name][seed] for seed in seeds]) for name in arms}
+    ours = scores.pop("both")
+    rival, steady = max(scores, key=lambda name: scores[name].mean()), min(scores, key=lambda name: scores[name].std())
+    gain, ratio = ours - scores[rival], ours.std() / scores[steady].std()
+    gap, error = gain.mean(), gain.std(ddof=1) / n**0.5
+    chance = np.exp(2 / (n - 1) ** 0.5)  # two standard errors of the logarithm of a ratio of deviations
+
+    def judge(better: bool, sure: bool) -> str:
+        return f"the claim {'holds' if better else 'does not hold'}" if sure else "these seeds cannot tell"
+
     return (
-        "The paper's claim is that entropy and ensemble together give the best return with the least variance. Here it "
-        f"{how[sum(holds)]}: their mean final score of {ours.mean():.1f} is {above} {rest[rival].mean():.1f}, the best "
-        f"of the others that learn with Q ({rival}; difference {gap:+.1f}, standard error {error:.1f}), and their "
-        f"deviation over seeds of {ours.std():.1f} is {below} {rest[steady].std():.1f}, the least of the others "
-        f"({steady}).{unsure}"
+        "The paper's claim is that entropy and ensemble together give the best return with the least variance. Among "
+        f"the policies that learn with Q, over {n} seeds:\n\n"
+        f"* Return: their mean final score is {ours.mean():.1f}, the best of the others {scores[rival].mean():.1f} "
+        f"({rival}). Seed by seed, as a seed makes its own data, the difference is {gap:+.1f} with a standard error of "
+        f"{error:.1f}: **{judge(gap > 0, abs(gap) > 2 * error)}**.\n"
+        f"* Variance: their deviation over seeds is {ours.std():.1f}, the least of the others "
+        f"{scores[steady].std():.1f} ({steady}), a ratio of {ratio:.2f}, where chance alone makes ratios from "
+        f"{1 / chance:.2f} to {chance:.2f}: **{judge(ratio < 1, abs(np.log(ratio)) > np.log(chance))}**."
     )
 
 
 def draw_figure1(path: Path, arms: dict[str, Group]):
-    figure, (left, centre, right) = plt.subplots(1, 3, figsize=(17, 4.5))
+    figure, (left, centre, right) = plt.subplots(1, 3, figsize=(18, 5.5))
     x = np.linspace(-2, 2, 401)
     left.plot(x, erdp.ToyEnv.reward(x))
     left.set(xlabel="state", ylabel="reward", title="Reward and data")
@@ -439,9 +461,9 @@ def draw_figure1(path: Path, arms: dict[str, Group]):
     density.hist(erdp.toy_data(0).next_state[:, 0], 60, density=True, alpha=0.4, color="tab:orange")
     density.set(ylabel="density of the states in the data, seed 0")
     for name, group in arms.items():
-        draw_band(centre, group, name, "return_mean")
-    centre.axhline(erdp.ToyEnv.best_return(), color="gray", linestyle="--", label="best possible")
-    centre.set(xlabel="updates", ylabel="return: mean ± deviation (seeds)", title="Return while training")
+        draw_band(centre, group, name)
+    centre.axhline(100, color="gray", linestyle="--", label="best possible")
+    centre.set(xlabel="updates", ylabel="score: mean ± deviation (seeds)", title="Percent of the best return")
     a, missing = np.linspace(-1, 1, 201, dtype=np.float32)[:, None], []
     second = erdp.ToyEnv.reward(a + np.linspace(-1, 1, 401)).max(1, keepdims=True)
     right.plot(a, erdp.ToyEnv.reward(a) + erdp.DISCOUNT * second, "--", color="gray", label="best policy's true Q")
@@ -461,7 +483,7 @@ def draw_figure1(path: Path, arms: dict[str, Group]):
     right.text(0.98, 0.02, "\n".join(missing), transform=right.transAxes, ha="right")
     right.set(xlabel="first action", ylabel="value", title="Q at state 0")
     for axis in (centre, right):
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     save(figure, path)
 
 
