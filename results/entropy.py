@@ -159,6 +159,14 @@ def term_norms(agent, data, args, batches: int = BATCHES):
     return np.mean(result, 0)
 
 
+@torch.no_grad()
+def weight(agent, data, args) -> float:
+    """lambda alpha, by which variant "paper" multiplies log p, from the data's first 4,096 rows."""
+    q = agent.critics(data.state[:4096], data.action[:4096])
+    value = erdp.pessimistic_value(q, args.pessimism, args.lcb_coef, args.variant)
+    return args.eta * args.entropy_coef / float(value.abs().mean())
+
+
 def fresh_agent():
     """Untrained networks of AntMaze's sizes and settings, and made-up data: Gaussian states, uniform actions."""
     torch.manual_seed(0)
@@ -194,17 +202,19 @@ def gradients(name: str, agent, data):
         args = dataclasses.replace(agent.args, variant=variant, entropy_coef=0.01)
         *norms, cosine = term_norms(agent, data, args)
         shares = [f"{norm:.3g} ({norm / sum(norms):.2%})" for norm in norms]
-        yield [name, len(agent.critics.biases[0]), f"{args.eta:g}", variant, *shares, f"{cosine:.2f}"]
+        factor = f"{weight(agent, data, args):.2g}" if variant == "paper" else ""
+        yield [name, len(agent.critics.biases[0]), f"{args.eta:g}", variant, factor, *shares, f"{cosine:.2f}"]
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 
 def shares(norms: list) -> str:
     """(c): what the columns are, and the table."""
-    columns = ["networks", "M", "eta", "variant", "diffusion", "Q", "entropy", "cosine"]
+    columns = ["networks", "M", "eta", "variant", "lambda alpha", "diffusion", "Q", "entropy", "cosine"]
     return f"""\
 Norm of each term's gradient in the policy's weights, and its share of the sum of the three norms; mean over
-{BATCHES} batches of 256; alpha = 0.01. Cosine: between the gradients of entropy and diffusion term.
+{BATCHES} batches of 256; alpha = 0.01. lambda alpha: the weight of log p in variant "paper", the alpha of (b).
+Cosine: between the gradients of entropy and diffusion term.
 
 {table(columns, norms)}
 """
