@@ -13,25 +13,21 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import datetime
 import difflib
-import http.client
 import importlib.metadata
 import io
 import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
-import threading
 import time
-import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -111,7 +107,8 @@ class Args:
     eval_episodes: int = 100
     """episodes an evaluation"""
     eval_candidates: int = 50
-    """sampled actions among which one is drawn by softmax over their pessimistic value; 1 is a plain sample"""
+    """sampled actions among which one is drawn by softmax over their pessimistic value; 1 is a plain sample
+    (--eval-only: as in training unless given)"""
     run_dir: str | None = None
     """the run's own folder (default: runs/<env>__<variant>__<seed>)"""
     resume: bool = False
@@ -173,8 +170,8 @@ def preset(env: str) -> Args:
         args.max_q_backup = False
     if env == "toy":
         args.eval_every, args.batch_size, args.num_critics = 400, 64, 8
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.compile, args.precision = (True, "tf32") if args.device == "cuda" else (False, "float32")
+    if torch.cuda.is_available():
+        args.device, args.compile, args.precision = "cuda", True, "tf32"
     return args
 
 
@@ -210,8 +207,7 @@ class MeanRevertingSDE:
         theta_bar = np.cumsum(theta_prime)
         between = np.maximum(theta_bar[None, :] - theta_bar[:, None], 0)  # (T+1, T+1): theta_bar_{tau:t} at [tau, t]
         var = -np.expm1(-2 * between)
-        before = np.arange(num_steps + 1) - 1
-        before[0] = 0  # t - 1; nothing reads the coefficients at t = 0
+        before = np.arange(num_steps + 1).clip(1) - 1  # t - 1; nothing reads the coefficients at t = 0
         step_var, var_t = -np.expm1(-2 * theta_prime), np.append(1.0, var[0, 1:])
         tables = dict(
             theta_prime=theta_prime,
@@ -316,18 +312,12 @@ class QEnsemble(nn.Module):
         super().__init__()
         self.bf16 = bf16
         sizes = [state_dim + action_dim, hidden, hidden, hidden, 1]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes, sizes[1:]):
-            weight = torch.empty(num_critics, fan_in, fan_out)
-            bias = torch.empty(num_critics, 1, fan_out)
-            if fan_out > 1:
-                weight.uniform_(-(hidden**-0.5), hidden**-0.5)  # the first layer too: 1/16 at the paper's width
-                bias.fill_(0.1)
-            else:
-                weight.uniform_(-3e-3, 3e-3)
-                bias.uniform_(-3e-3, 3e-3)
-            self.weights.append(nn.Parameter(weight))
-            self.biases.append(nn.Parameter(bias))
+        self.weights = nn.ParameterList(torch.empty(num_critics, *size) for size in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.full((num_critics, 1, size), 0.1) for size in sizes[1:])
+        for weight in self.weights[:-1]:
+            nn.init.uniform_(weight, -(hidden**-0.5), hidden**-0.5)  # the first too: 1/16 at the paper's width
+        for last in (self.weights[-1], self.biases[-1]):
+            nn.init.uniform_(last, -3e-3, 3e-3)
 
     def forward(self, state, action, frozen: bool = False):
         """state (B, S), action (B, A) -> (M, B). `frozen`: gradients reach the action but not the weights."""
@@ -487,8 +477,7 @@ class Task:
     data: object  # MinariDataset, Path of an HDF5 file, or None for the toy
     dataset_id: str
     spec: gym.envs.registration.EnvSpec
-    key: str | None  # the part of a Dict observation that the policy sees; None: all of it
-    space: gym.Space  # of what it sees
+    space: gym.Space  # of what the policy sees: all, or some parts, of an observation
     low: np.ndarray  # (A,) action bounds
     high: np.ndarray
     ref_min: float  # returns of score 0 and 100
@@ -506,18 +495,25 @@ class Task:
 @contextlib.contextmanager
 def quiet():
     """Keeps off the screen what importing gymnasium_robotics and making a `-v4` environment print."""
-    level, gym.logger.min_level = gym.logger.min_level, gym.logger.ERROR
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        gym.logger.min_level = level
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # Gymnasium's logger warns by `warnings` too
+        yield
 
 
 def short(error: Exception) -> str:
     """The first line of an exception's message, for errors of one sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def refusing(problem: str, advice: str):
+    """Makes a UserError of any exception within, whatever library raised it: the problem, its reason, what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{problem} ({short(error)}): {advice}") from error
 
 
 class ToyEnv(gym.Env):
@@ -577,57 +573,40 @@ def open_minari(dataset_id: str):
     """The Minari data set of that id, its newest version where the id has none: the installed one, else downloaded."""
     with quiet():
         import minari
-    match = re.fullmatch(r"((?:[-\w]+/)*[-\w]+?)(?:-v(\d+))?", dataset_id)
-    if not match:
+    if not re.fullmatch(r"([-\w]+/)*[-\w]+", dataset_id):
         raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/pen/human-v2")
-    name, version = match.groups()
-    command = f"minari download {dataset_id if version else name + '-v1'}"
+    name = re.sub(r"-v\d+$", "", dataset_id)
+    command = f"`minari download {dataset_id}`" + " (with the version in `minari list remote`)" * (dataset_id == name)
 
     def newest(ids):
-        ids = [i for i in ids if (i == dataset_id if version else re.fullmatch(re.escape(name) + r"-v\d+", i))]
+        """The id itself, or if it names no version, the id of its highest version."""
+        ids = [i for i in ids if dataset_id in (i, i.rpartition("-v")[0])]
         return max(ids, key=lambda i: int(i.rpartition("-v")[2]), default=None)
 
-    try:
-        with quiet():
-            found = newest(minari.list_local_datasets())
-            if found:
-                return minari.load_dataset(found)
-    except Exception as error:  # whatever Minari meets in a damaged folder
-        raise UserError(f"{dataset_id} cannot be read ({short(error)}): delete it and run `{command}`") from error
-    answer = {"error": f"no answer in {PATIENCE} s"}
-
-    def ask():
-        try:
-            answer["ids"] = list(minari.list_remote_datasets(prefix=name, compatible_minari_version=True))
-        except Exception as error:
-            answer["error"] = short(error)
-
-    asking = threading.Thread(target=ask, daemon=True)  # Minari itself would wait for ever
-    with quiet():
-        asking.start()
-        asking.join(PATIENCE)
+    with refusing(f"{dataset_id} cannot be read", f"delete it and run {command}"), quiet():
+        if found := newest(minari.list_local_datasets()):
+            return minari.load_dataset(found)
     folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
-    try:
-        found = newest(answer["ids"])
+    with refusing(f"{dataset_id} cannot be downloaded", f"run {command} later, or copy it to {folder}"):
+        with quiet(), ThreadPool(1) as pool:  # Minari itself would wait for ever
+            ids = pool.apply_async(minari.list_remote_datasets, kwds=dict(prefix=name, compatible_minari_version=True))
+            ids.wait(PATIENCE)
+            if not ids.ready():
+                raise TimeoutError(f"no answer in {PATIENCE} s")
+        found = newest(ids.get())
         if found is None:
             raise UserError(f"{dataset_id} is neither in {folder} nor on the server: see `minari list remote`")
         minari.download_dataset(found)
         return minari.load_dataset(found)
-    except UserError:
-        raise
-    except Exception as error:
-        why = answer["error"] if "ids" not in answer else short(error)
-        hint = f"run `{command}` later, or copy it to {folder}"
-        raise UserError(f"{dataset_id} cannot be downloaded ({why}): {hint}") from error
 
 
-def open_hdf5(path: Path, url: str | None) -> Path:
-    """`path`, downloaded from `url` if it is not there."""
-    if path.exists() or url is None:
-        return path
+def download_hdf5(path: Path, url: str):
+    """Fetches `url` into the file `path`, which appears when it is complete."""
     part = path.with_name(path.name + ".part")
-    try:
+    hint = f"fetch it later and save it as {path}"
+    with refusing(f"{url} cannot be downloaded", hint), contextlib.ExitStack() as end:
         path.parent.mkdir(parents=True, exist_ok=True)
+        end.callback(part.unlink, missing_ok=True)
         with urllib.request.urlopen(url, timeout=PATIENCE) as source, open(part, "wb") as file:
             size = int(source.headers["Content-Length"])
             with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
@@ -636,10 +615,6 @@ def open_hdf5(path: Path, url: str | None) -> Path:
             if file.tell() != size:
                 raise OSError(f"{file.tell()} of {size} bytes came")
         part.replace(path)
-    except (OSError, TypeError, ValueError, http.client.HTTPException) as error:  # also where a server talks nonsense
-        part.unlink(missing_ok=True)
-        raise UserError(f"{url} cannot be downloaded ({short(error)}): fetch it later and save it as {path}") from error
-    return path
 
 
 def open_task(args: Args) -> Task:
@@ -650,7 +625,7 @@ def open_task(args: Args) -> Task:
             raise UserError(f"--dataset {args.dataset} does not go with --env toy, which makes its own data")
         spec, actions = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv), ToyEnv.action_space
         space, best = ToyEnv.observation_space, ToyEnv.best_return()
-        return Task(domain, None, "toy", spec, None, space, actions.low, actions.high, 0.0, best)
+        return Task(domain, None, "toy", spec, space, actions.low, actions.high, 0.0, best)
     if row is None and args.env != args.dataset:
         near = difflib.get_close_matches(args.env, ["toy", *ROWS], 3, 0)
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {', '.join(near)}")
@@ -663,41 +638,41 @@ def open_task(args: Args) -> Task:
         if row is None or row.env_id is None:
             raise UserError(f"--dataset {source} names no environment: add a Gym row such as --env hopper-medium-v2")
         folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        data = open_hdf5(Path(source), None) if args.dataset else open_hdf5(folder / source, D4RL_SERVER + source)
-        dataset_id, env_id, theirs = str(data), row.env_id, {}
+        data = Path(args.dataset) if args.dataset else folder / source
+        if not os.path.exists(data):
+            if args.dataset:
+                raise UserError(f"--dataset {data} does not exist")
+            download_hdf5(data, D4RL_SERVER + source)
+        dataset_id, env_id, metadata = str(data), row.env_id, {}
     else:
         data = open_minari(source)
-        dataset_id, env_id, theirs = data.spec.dataset_id, row and row.env_id, data.storage.metadata
-        if not isinstance(data.spec.action_space, gym.spaces.Box):
-            raise UserError(f"{dataset_id} has the actions {data.spec.action_space}: they must be continuous (a Box)")
-    try:
-        with quiet():
-            env = gym.make(env_id) if env_id else data.recover_environment(eval_env=True)
-            if domain == "antmaze":
-                maze = evaluation_maze(data, env.spec.kwargs["maze_map"])
-                env = gym.make(env.spec, continuing_task=False, maze_map=maze)
+        dataset_id, env_id, metadata = data.spec.dataset_id, row and row.env_id, data.storage.metadata
+    with refusing(f"the evaluation environment of {dataset_id} cannot be made", "install what it needs"), quiet():
+        env = gym.make(env_id) if env_id else data.recover_environment(eval_env=True)
+        env.close()
+        if domain == "antmaze":
+            maze = evaluation_maze(data, env.spec.kwargs["maze_map"])
+            env = gym.make(env.spec, continuing_task=False, maze_map=maze)
             env.close()
-    except UserError:
-        raise
-    except Exception as error:  # whatever an environment of any package does
-        raise UserError(f"the evaluation environment of {dataset_id} cannot be made ({short(error)})") from error
     space, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Box) or not actions.is_bounded():
-        raise UserError(f"{env.spec.id} has the actions {actions}: they must be a bounded Box")
-    if theirs:
+    for box in (actions, data.spec.action_space) if metadata else (actions,):
+        if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
+            raise UserError(f"{dataset_id} in {env.spec.id} has the actions {box}: not a bounded, continuous Box")
+    if metadata:
         ours, other = (shapes(space), actions), (shapes(data.spec.observation_space), data.spec.action_space)
-        bounds = [np.stack([np.broadcast_to(b.low, b.shape), b.high]) for b in (ours[1], other[1])]
+        bounds = [np.stack([box.low, box.high]) for box in (ours[1], other[1])]
         if ours[0] != other[0] or bounds[0].shape != bounds[1].shape or not np.allclose(*bounds):
             raise UserError(f"{dataset_id} and its environment {env.spec.id} differ: {other} against {ours}")
-    key = "observation" if domain == "kitchen" else None
-    if key and not (isinstance(space, gym.spaces.Dict) and key in space.keys()):
-        raise UserError(f"{dataset_id} is not a Kitchen data set: it observes {shapes(space)}, without 'observation'")
-    ref = (row.ref_min, row.ref_max) if row else (theirs.get("ref_min_score"), theirs.get("ref_max_score"))
+    if domain == "kitchen":
+        if not (isinstance(space, gym.spaces.Dict) and "observation" in space.keys()):
+            raise UserError(f"{dataset_id} is no Kitchen data set: it observes {shapes(space)}, without 'observation'")
+        space = gym.spaces.Dict(observation=space["observation"])
+    ref = (row.ref_min, row.ref_max) if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     if None in ref:
         print(f"{dataset_id} has no reference scores: its score is the return")
         ref = (0.0, 100.0)
     low, high = actions.low.ravel().astype(float), actions.high.ravel().astype(float)
-    return Task(domain, data, dataset_id, env.spec, key, space[key] if key else space, low, high, *ref)
+    return Task(domain, data, dataset_id, env.spec, space, low, high, *ref)
 
 
 def evaluation_maze(data, maze: list) -> list:
@@ -719,12 +694,9 @@ def evaluation_maze(data, maze: list) -> list:
 def load_minari(task: Task) -> Batch:
     """All transitions of a Minari data set. AntMaze is read as D4RL meant it: the goal ends an episode, terminal."""
     parts = []
-    try:
+    with refusing(f"{task.dataset_id} cannot be read", "delete it and fetch it again"):
         for episode in task.data.iterate_episodes():
-            try:
-                state = flatten(task.space, episode.observations[task.key] if task.key else episode.observations)
-            except ValueError as error:
-                raise UserError(f"{task.dataset_id} has arrays of unequal length: {short(error)}") from error
+            state = flatten(task.space, episode.observations)
             action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, np.float64)
             terminal, n = np.array(episode.terminations, np.float32), len(reward)
             if not len(state) - 1 == len(action) == len(terminal) == n:
@@ -734,10 +706,6 @@ def load_minari(task: Task) -> Batch:
                 n = int(np.argmax(reward > 0)) + 1
                 terminal[n - 1] = 1
             parts.append((state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
-    except UserError:
-        raise
-    except Exception as error:  # whatever h5py meets in a damaged file
-        raise UserError(f"{task.dataset_id} cannot be read ({short(error)}): delete it and fetch it again") from error
     return Batch(*map(np.concatenate, zip(*parts))) if parts else Batch(*[np.empty(0)] * 5)
 
 
@@ -746,13 +714,8 @@ def load_hdf5(task: Task) -> Batch:
     import h5py
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
-    try:
-        with quiet(), h5py.File(task.data) as file:
-            rows = {key: np.asarray(file[key][()], np.float64) for key in keys if key in file}
-    except FileNotFoundError:
-        raise UserError(f"--dataset {task.data} does not exist") from None
-    except Exception as error:  # h5py raises many
-        raise UserError(f"{task.data} is not a whole HDF5 file ({short(error)}): fetch it again") from error
+    with refusing(f"{task.data} is not a whole HDF5 file", "fetch it again"), quiet(), h5py.File(task.data) as file:
+        rows = {key: np.asarray(file[key][()], np.float64) for key in keys if key in file}
     if missing := [key for key in keys if key not in rows]:
         raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
     found = {key: np.shape(values) for key, values in rows.items()}
@@ -818,37 +781,28 @@ class Actor:
 
 def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
     """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
-    try:
+    with refusing(f"{path} is not a whole policy or checkpoint of this program", "give another file"):
         saved = torch.load(path, map_location=device, weights_only=True)
         args = dataclasses.replace(Args(**saved["args"]), compile=False)
         args.eval_candidates = candidates or args.eval_candidates
         agent = Agent(saved["about"]["state_dim"], saved["about"]["action_dim"], args, device)
         agent.policy.load_state_dict(saved["agent"]["policy"])
         agent.critics_target.load_state_dict(saved["agent"]["critics_target"])
-    except Exception as error:  # torch.load raises many
-        raise UserError(f"{path} is not a whole policy or checkpoint of this program ({short(error)})") from error
-    return agent.actor(saved["low"], saved["high"])
+        return agent.actor(saved["low"], saved["high"])
 
 
 class Episode(gym.Wrapper):
-    """One episode of flat observations. Once it has ended, as `info` says, it stands still until the next reset."""
-
-    def __init__(self, env, task: Task):
-        super().__init__(env)
-        self.task, self.observation_space = task, gym.spaces.flatten_space(task.space)
-
-    def flat(self, observation):
-        return gym.spaces.flatten(self.task.space, observation[self.task.key] if self.task.key else observation)
+    """One episode. Once it has ended, as `info` says, it stands still until the next reset."""
 
     def reset(self, **kwargs):
-        self.last, self.ended = self.flat(self.env.reset(**kwargs)[0]), False
+        self.last, self.ended = self.env.reset(**kwargs)[0], False
         return self.last, {}
 
     def step(self, action):
         reward, info = 0.0, {}
         if not self.ended:
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            self.last, self.ended = self.flat(observation), terminated or truncated
+            self.last, reward, terminated, truncated, info = self.env.step(action)
+            self.ended = terminated or truncated
         return self.last, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
 
 
@@ -859,7 +813,9 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
         if multiprocessing.parent_process():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
         with quiet():
-            return Episode(gym.make(task.spec, disable_env_checker=True), task)
+            env = gym.make(task.spec, disable_env_checker=True)
+        flat = gym.spaces.flatten_space(task.space)
+        return Episode(gym.wrappers.TransformObservation(env, lambda o: gym.spaces.flatten(task.space, o), flat))
 
     makers = [make] * min(episodes, num_envs or 2 * os.cpu_count())
     if task.domain == "toy":
@@ -878,8 +834,8 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stopped=lambda: False
     returns, success, length = np.zeros(episodes), np.full(episodes, np.nan), np.zeros(episodes)
     seeds = [int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in range(episodes)]
     streams = [np.random.default_rng((seed, e)) for e in range(episodes)]
-    playing, following = np.arange(K) % episodes, K  # the episode that each environment plays, and the next in line
-    alive, actions = np.arange(K) < episodes, np.tile(actor.low, (K, 1))
+    playing, following = np.arange(K), K  # the episode that each environment plays, and the next in line
+    alive, actions = np.ones(K, bool), np.tile(actor.low, (K, 1))
     state, _ = envs.reset(seed=[seeds[e] for e in playing])
     while alive.any():
         if stopped():
@@ -1073,13 +1029,11 @@ class RunFolder:
 
     def load_checkpoint(self) -> dict:
         path = self.path / "checkpoint.pt"
-        try:
+        if not os.path.exists(path):
+            raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume")
+        with refusing(f"{path} is damaged", "start anew with another --run-dir"):
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, self.rows, step = saved["args"], saved["rows"], saved["step"]
-        except FileNotFoundError:
-            raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume") from None
-        except Exception as error:  # torch.load raises many
-            raise UserError(f"{path} is damaged ({short(error)}): start anew with another --run-dir") from error
+            theirs, self.rows, step = dict(saved["args"]), saved["rows"], saved["step"]
         for name, ours in dataclasses.asdict(self.args).items():
             if name not in FREE and theirs.get(name) != ours:
                 made = f"--{name.replace('_', '-')} {theirs.get(name)}"
@@ -1089,12 +1043,10 @@ class RunFolder:
         return saved
 
     def create(self, about: dict):
-        try:
+        with refusing(f"{self.path} cannot be written", "give another --run-dir"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", dataclasses.asdict(self.args) | about)
             (self.path / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({short(error)}): give another --run-dir") from error
 
     def add(self, row: dict):
         def write(path):
@@ -1147,10 +1099,9 @@ def train(args: Args) -> int:
     here = machine(args.device)
     folder.create(about | here)
     noise, envs = empty_noise(args, action_dim, args.device), make_envs(task, args.eval_episodes)
-    policy = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
+    header = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
     actor = agent.actor(task.low, task.high)
-    writer, first, mark = SummaryWriter(str(folder.path), purge_step=step), step, time.monotonic()
-    began = mark - seconds
+    writer, first, began = SummaryWriter(str(folder.path), purge_step=step), step, time.monotonic() - seconds
     print(f"{args.env}: {size} transitions of {task.dataset_id}, {args.variant} variant", end=", ")
     print(f"on {here['device_name']}, into {folder.path}")
 
@@ -1160,7 +1111,7 @@ def train(args: Args) -> int:
 
     def save():
         progress = dict(step=step, seconds=time.monotonic() - began, rows=folder.rows, totals=totals)
-        content = policy | progress | dict(generator=generator.get_state(), agent=agent.state_dict())
+        content = header | progress | dict(generator=generator.get_state(), agent=agent.state_dict())
         folder.replace("checkpoint.pt", lambda path: torch.save(content, path))
 
     if not saved:
@@ -1174,21 +1125,20 @@ def train(args: Args) -> int:
             due = due and not (folder.rows and folder.rows[-1]["step"] == step)
             if step > first and (due or stops or step % LOG_EVERY == 0):
                 losses = dict(zip(METRICS, latest.tolist()))  # only here does the loop wait for the device
-                state = totals, *agent.policy.parameters(), *agent.critics.parameters()
-                if not all(x.isfinite().all() for x in state):
+                numbers = totals, *agent.policy.parameters(), *agent.critics.parameters()
+                if not all(x.isfinite().all() for x in numbers):
                     good = f"{folder.path / 'checkpoint.pt'} is the last good checkpoint"
                     print(f"erdp: a loss is NaN or infinite at or just before update {step}: {good}", file=sys.stderr)
                     return 1
                 for name, value in losses.items():
                     writer.add_scalar(f"losses/{name}", value, step)
-                score = {"score": f"{folder.rows[-1]['score_mean']:.1f}"} if folder.rows else {}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()} | score)
-            now = time.monotonic()
+                bar.set_postfix(losses)
             if step == first + LOG_EVERY:  # not from `first`: the first updates may compile
-                mark = now
+                mark = time.monotonic()
             if step == first + 2 * LOG_EVERY:
-                left = datetime.timedelta(seconds=round((args.num_steps - step) * (now - mark) / LOG_EVERY))
-                bar.write(f"{LOG_EVERY / (now - mark):.1f} updates a second: {left} to go, evaluations not counted")
+                rate = LOG_EVERY / (time.monotonic() - mark)
+                left = tqdm.format_interval((args.num_steps - step) / rate)
+                bar.write(f"{rate:.1f} updates a second: {left} to go, evaluations not counted")
             if due and (result := evaluate(actor, envs, args.eval_episodes, args.seed, lambda: stops)):
                 row = dict(step=step) | summary(task, result) | dict(zip(METRICS, (totals[:-1] / totals[-1]).tolist()))
                 folder.add(row | dict(seconds=round(time.monotonic() - began, 1)))
@@ -1196,7 +1146,6 @@ def train(args: Args) -> int:
                 bar.write(f"update {step}: {in_words(row)}")
                 totals.zero_()
                 save()
-                mark += time.monotonic() - now
             if stops:
                 save()
                 print(f"stopped at update {step}: --resume goes on from there")
@@ -1208,7 +1157,7 @@ def train(args: Args) -> int:
             step += 1
             bar.update()
     trained = dict(policy=agent.policy.state_dict(), critics_target=agent.critics_target.state_dict())
-    folder.replace("policy.pt", lambda path: torch.save(policy | dict(agent=trained), path))
+    folder.replace("policy.pt", lambda path: torch.save(header | dict(agent=trained), path))
     folder.replace("curve.png", lambda path: draw_curve(path, folder.rows, agent, data))
     folder.finish(step)
     return 0
@@ -1254,7 +1203,7 @@ def draw_curve(path: Path, rows: list[dict], agent: Agent, data: Batch):
 def machine(device: str) -> dict:
     """What config.json says of the machine."""
     packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
     cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
     return dict(device_name=name, versions=versions)
@@ -1275,8 +1224,8 @@ def parse(argv: list[str]) -> Args:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines()[1:]]
-        words = " ".join(lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)])
+        boxes = re.split("[─-]{4,}", said.getvalue())  # tyro draws its sentence in a box, before one of advice
+        words = " ".join(re.sub("[│|╮+]", " ", boxes[1]).split())
         raise UserError(f"{words.rstrip('.')}: --help shows the settings") from None
     counts = "num_steps", "batch_size", "num_critics", "eval_every", "eval_episodes", "eval_candidates"
     least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "lcb_coef", "entropy_coef", "eta", "lr", "grad_norm"), 0)
@@ -1290,24 +1239,19 @@ def parse(argv: list[str]) -> Args:
         raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f"--device {args.device} is unknown: give cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device} is not supported: give cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"--device {args.device} is not there: PyTorch sees {count} CUDA devices; give --device cpu")
-    if args.precision == "tf32" and device.type == "cpu":
+    count = torch.cuda.device_count()
+    if args.device not in ("cpu", *["cuda"] * (count > 0), *(f"cuda:{n}" for n in range(count))):
+        there = f"PyTorch sees {count} CUDA devices"
+        raise UserError(f"--device {args.device} is not there: {there}; give --device cpu, cuda or cuda:N")
+    if args.precision == "tf32" and args.device == "cpu":
         raise UserError("--precision tf32 is CUDA's: give float32 or bf16 with --device cpu")
     return args
 
 
-def evaluate_only(args: Args) -> int:
-    """--eval-only: the score of a saved policy, with the settings that it was trained with."""
+def evaluate_only(args: Args, candidates: int | None) -> int:
+    """--eval-only: the score of a saved policy, with the settings (None: also the candidates) of its training."""
     path = Path(args.checkpoint or RunFolder(args).path / "policy.pt")
-    actor, task = load_policy(path, args.device, args.eval_candidates), open_task(args)
+    actor, task = load_policy(path, args.device, candidates), open_task(args)
     if actor.args.env != args.env:
         raise UserError(f"{path} was trained on {actor.args.env}, not on {args.env}: give --env {actor.args.env}")
     sizes = task.state_dim, len(task.low)
@@ -1320,11 +1264,15 @@ def evaluate_only(args: Args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit status (`--help` raises SystemExit)."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        return evaluate_only(args) if args.eval_only else train(args)
+        args = parse(argv)
+        if not args.eval_only:
+            return train(args)
+        asked = any(re.match("--eval.candidates", word) for word in argv)
+        return evaluate_only(args, args.eval_candidates if asked else None)
     except UserError as error:
-        print(f"erdp: {error}", file=sys.stderr)
+        print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines
         return 2
     except KeyboardInterrupt:
         return 130

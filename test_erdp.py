@@ -1756,10 +1756,10 @@ def episode(number, rewards, ended=False, **changes):
     return SimpleNamespace(**dict(id=number, **arrays, **ends) | changes)
 
 
-def task_of(data, domain="gym", space=None, low=(-1,), high=(1,), key=None, env=erdp.ToyEnv) -> erdp.Task:
+def task_of(data, domain="gym", space=None, low=(-1,), high=(1,), env=erdp.ToyEnv) -> erdp.Task:
     """A task on an HDF5 file or a Recording; its scores 0 and 100 are the returns 2 and 12."""
     spec, space = gym.envs.registration.EnvSpec("Made-v0", env), space or Box(-9, 9, (2,))
-    return erdp.Task(domain, data, "made-v0", spec, key, space, np.array(low), np.array(high), 2, 12)
+    return erdp.Task(domain, data, "made-v0", spec, space, np.array(low), np.array(high), 2, 12)
 
 
 def load(task, **choices) -> Batch:
@@ -1831,7 +1831,7 @@ def test_data_kitchen_takes_the_observation_alone_and_antmaze_all_of_it():
     parts = {"achieved_goal": {"kettle": np.full((3, 7), 5.0)}, "observation": np.arange(6.0).reshape(3, 2)}
     space = Dict(achieved_goal=Dict(kettle=Box(-9, 9, (7,))), observation=Box(-9, 9, (2,)))
     recording = Recording([episode(0, [0, 0], observations=parts)])
-    kitchen = load(task_of(recording, "kitchen", space["observation"], key="observation"))
+    kitchen = load(task_of(recording, "kitchen", Dict(observation=space["observation"])))
     assert kitchen.state.tolist() == [[0, 1], [2, 3]] and kitchen.next_state.tolist() == [[2, 3], [4, 5]]
     everything = load(task_of(recording, "antmaze", space))
     assert everything.next_state.tolist() == [[5] * 7 + [2, 3], [5] * 7 + [4, 5]]
@@ -2573,6 +2573,16 @@ def test_eval_only_scores_a_policy_and_writes_nothing(finished, capsys):
     assert files(finished) == before
 
 
+def test_eval_only_acts_as_trained_unless_told_otherwise(finished, monkeypatch):
+    used, actor_of = [], erdp.load_policy
+    monkeypatch.setattr(erdp, "load_policy", lambda *args: used.append(actor_of(*args)) or used[-1])
+    trained = checkpoint(finished)["args"]["eval_candidates"]
+    argv = ["--eval-only", "--run-dir", str(finished), "--eval-episodes", "1", "--device", "cpu"]
+    for more, expected in (([], trained), (["--eval-candidates", "7"], 7), (["--eval_candidates=50"], 50)):
+        assert erdp.main([*argv, *more]) == 0 and used[-1].args.eval_candidates == expected
+    assert trained not in (7, 50)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets and environments, end to end
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2704,7 +2714,7 @@ def test_antmaze_is_evaluated_in_the_walls_of_its_data_or_not_at_all(antmaze, ca
     else:
         task = erdp.open_task(erdp.parse(argv))
         assert task.spec.kwargs["maze_map"] == UMAZE and capsys.readouterr().out == ""
-        assert (task.ref_min, task.ref_max, task.key) == (0, 1, None)
+        assert (task.ref_min, task.ref_max) == (0, 1)
 
 
 @pytest.fixture(scope="session")
@@ -2798,6 +2808,8 @@ def refused(capsys, tmp_path):
         (["--num-diffusion-steps", "1"], ["--num-diffusion-steps", "1", "2"]),
         (["--num-diffusion-steps", "2", "--variant", "released"], ["--num-diffusion-steps", "3", "released"]),
         (["--device", "cuda:7"], ["cuda:7", "--device cpu"]),
+        (["--device", "cuda:200"], ["cuda:200", "--device cpu"]),
+        (["--device", "cpu:3"], ["cpu:3", "cuda"]),
         (["--device", "gpu"], ["gpu", "cuda"]),
         (["--device", "meta"], ["meta", "cuda"]),
         (["--seed", str(2**63)], ["--seed", str(2**63), "less than 2**63"]),
@@ -2920,6 +2932,7 @@ def test_bad_hdf5_files_are_refused(refused, tmp_path):
         refused(hopper_args(d4rl_file(path, n)), str(path), "is empty")
     (tmp_path / "folder.hdf5").mkdir()
     refused(hopper_args(tmp_path / "folder.hdf5"), str(tmp_path / "folder.hdf5"))
+    refused(hopper_args(tmp_path / ("x" * 300 + ".hdf5")), "does not exist")
 
 
 KEYS = "observations", "actions", "rewards", "terminals", "timeouts"
@@ -2962,7 +2975,7 @@ MINARI_CHANGES = {  # what is changed in the file of a good data set, and what t
     "rewards": (lambda rows: rows[:-1], ["unequal length", "3 rewards"]),
     "actions": (lambda rows: rows[:-1], ["unequal length", "3 actions"]),
     "terminations": (lambda rows: rows[:-1], ["unequal length", "3 terminations"]),
-    "observations/goal": (lambda rows: rows[:-1], ["unequal length"]),
+    "observations/goal": (lambda rows: rows[:-1], ["cannot be read", "must match exactly"]),
     "observations/me/place": (lambda rows: rows * math.nan, ["NaN or infinity"]),
 }
 
@@ -3011,6 +3024,7 @@ class BrokenEnv(Ledger):
     [
         ("DiscreteEnv", None, ["continuous", "Discrete(2)"]),
         ("UnboundedEnv", None, ["bounded"]),
+        ("HalfBoundedEnv", None, ["bounded"]),
         ("ImageEnv", None, ["observations", "Discrete(4)"]),
         ("Ledger", ("BrokenEnv", dict(broken=True)), ["environment", "the simulator"]),
         ("Ledger", ("DiscreteEnv", {}), ["Discrete(2)"]),
@@ -3025,6 +3039,12 @@ def test_bad_environments_are_refused(env, eval_env, words, refused, minari_root
 
 class WideEnv(Ledger):
     action_space = Box(-1, 3, (2,))
+
+
+class HalfBoundedEnv(Ledger):
+    """Its Box describes itself in several lines."""
+
+    action_space = Box(-np.arange(1.0, 61.0), np.array([np.inf, *range(59)]), dtype=np.float64)
 
 
 @pytest.mark.parametrize("env", ["hopper-medium-v2", "kitchen-complete-v0", "antmaze-umaze-v0"])
@@ -3063,14 +3083,14 @@ def test_bad_minari_download_fails_with_its_command_and_folder(refused, minari_r
     assert 0 < erdp.PATIENCE < 30, "a download fails within 30 seconds"
     monkeypatch.setattr(erdp, "PATIENCE", 0.2)
     monkeypatch.setattr(minari, "list_remote_datasets", offline)
-    refused(args, "`minari download D4RL/pen/human-v1`", str(minari_root), "Network is unreachable")
+    refused(args, "`minari download D4RL/pen/human` (with the version", str(minari_root), "Network is unreachable")
     monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: {"D4RL/pen/human-v2": {}})
     monkeypatch.setattr(minari, "download_dataset", offline)
     refused(args, "D4RL/pen/human", "`minari download", str(minari_root), "Network is unreachable")
     refused([*SHORT.split(), "--dataset", "D4RL/pen/robot-v4"], "D4RL/pen/robot-v4", "neither", str(minari_root))
     with hanging() as silence:
         monkeypatch.setattr(minari, "list_remote_datasets", silence)
-        refused(args, "`minari download D4RL/pen/human-v1`", str(minari_root), "no answer in 0.2 s")
+        refused(args, "`minari download D4RL/pen/human` (with the version", str(minari_root), "no answer in 0.2 s")
 
 
 @contextlib.contextmanager
@@ -3124,6 +3144,13 @@ def test_bad_hdf5_download_fails_with_its_url_and_folder(name, refused, d4rl_fol
         refused([*SHORT.split(), "--env", "hopper-medium-v2"], f"{address}hopper_medium-v2.hdf5", str(path))
         assert time.monotonic() - began < 4, "a silent server is not waited for"
     assert list(d4rl_folder.glob("*")) == [], "no part of a file is left"
+
+
+@pytest.mark.parametrize("below", ["", "more/folders"])
+def test_bad_hdf5_folder_is_refused(below, refused, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "file" / below))
+    refused([*SHORT.split(), "--env", "hopper-medium-v2"], str(tmp_path / "file" / below / "hopper_medium-v2.hdf5"))
 
 
 def test_hdf5_is_downloaded_once(d4rl_folder, monkeypatch, tmp_path):
@@ -3183,11 +3210,13 @@ def test_bad_checkpoint_cut_short_is_refused_and_the_run_survives(keep, refused,
 
 def test_bad_checkpoint_that_is_none_is_refused(refused, copied):
     path = copied / "checkpoint.pt"
-    for content in (dict(a=1), [1, 2], torch.zeros(3), torch.load(copied / "policy.pt", weights_only=True)):
+    policy, whole = (torch.load(copied / name, weights_only=True) for name in ("policy.pt", "checkpoint.pt"))
+    for content in (dict(a=1), [1, 2], torch.zeros(3), policy, whole | dict(args=3)):
         torch.save(content, path)
         refused([*RUN.split(), "--resume"], str(path), folder=copied)
-    torch.save(dict(a=1), copied / "policy.pt")
-    refused([*RUN.split(), "--eval-only"], str(copied / "policy.pt"), folder=copied)
+    for content in (dict(a=1), {name: part for name, part in policy.items() if name != "low"}):
+        torch.save(content, copied / "policy.pt")
+        refused([*RUN.split(), "--eval-only"], str(copied / "policy.pt"), folder=copied)
 
 
 def test_bad_policy_of_another_environment_or_size_is_refused(refused, finished, minari_root, tmp_path):
@@ -3228,6 +3257,14 @@ def process(*argv, **options):
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(erdp.__file__).parent))
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     return subprocess.Popen([sys.executable, *map(str, argv)], **pipes | options)
+
+
+@pytest.mark.slow
+def test_bad_settings_of_a_real_process_without_unicode(tmp_path):
+    plain = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    child = process(erdp.__file__, "--variant", "other", cwd=tmp_path, env=plain)
+    said = "erdp: invalid choice 'other' for argument '--variant'. Expected one of ('paper', 'released'): --help shows"
+    assert child.communicate(timeout=120) == ("", f"{said} the settings\n") and child.returncode == 2
 
 
 @pytest.mark.slow

@@ -190,7 +190,7 @@ def evaluation_speed(args: erdp.Args, seconds: float) -> str:
         env = gym.make("AntMaze_UMaze-v5", continuing_task=False)
         env.close()
     low, high = env.action_space.low, env.action_space.high
-    task = erdp.Task("antmaze", None, "", env.spec, None, env.observation_space, low, high, 0.0, 1.0)
+    task = erdp.Task("antmaze", None, "", env.spec, env.observation_space, low, high, 0.0, 1.0)
     actor = erdp.Agent(task.state_dim, len(low), args, args.device).actor(low, high)
     steps = 0
 
