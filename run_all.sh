@@ -8,7 +8,7 @@
 #
 # A finished run is left alone, one that was cut off goes on, one that fails does not stop the rest. Ctrl-C, or SIGTERM,
 # lets the runs save their checkpoints. PYTHON is the interpreter (python), RUNS the runs' folder (runs; quick's are in
-# RUNS/quick), ERDP_DATA a folder of recorded data for quick; relative paths start at this file's folder.
+# RUNS/quick), ERDP_DATA a folder of stand-in data for quick; relative paths start at this file's folder.
 set -u
 
 die() { # MESSAGE: bad input
@@ -75,7 +75,7 @@ full() {
 quick() {
     toy_and_studies
     if [[ -z ${ERDP_DATA:-} ]]; then
-        echo "run_all.sh: quick leaves out its runs on recorded data, as ERDP_DATA is not set" >&2
+        echo "run_all.sh: quick leaves out its runs on stand-in data, as ERDP_DATA is not set" >&2
         return
     fi
     prefix=(env "MINARI_DATASETS_PATH=$ERDP_DATA/minari")
