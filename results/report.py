@@ -498,12 +498,27 @@ def returns_to_go(reward: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def values(agent: erdp.Agent, data: erdp.Batch, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the target ensemble, by which the policy acts, says of these state-actions of the data."""
-    args, blocks = agent.args, torch.as_tensor(rows).split(512)
-    q = torch.cat([agent.critics_target(data.state[block], data.action[block]) for block in blocks], 1)
-    low = erdp.pessimistic_value(q, args.pessimism, args.lcb_coef, args.variant)
+def target_q(agent: erdp.Agent, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """Q (M, N) of the target ensemble, by which the policy acts."""
+    return torch.cat([agent.critics_target(*pair) for pair in zip(state.split(512), action.split(512), strict=True)], 1)
+
+
+def values(agent: erdp.Agent, q: torch.Tensor) -> dict[str, np.ndarray]:
+    low = erdp.pessimistic_value(q, agent.args.pessimism, agent.args.lcb_coef, agent.args.variant)
     return {"ensemble's mean": q.mean(0).numpy(), "pessimistic value": low.numpy()}
+
+
+@torch.no_grad()
+def other_actions(agent: erdp.Agent, state: torch.Tensor, action: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Actions for the states of these rows of the data: the rows' own, the policy's, and two that ignore the state."""
+    generator, N, A, T = torch.Generator().manual_seed(0), *action.shape, agent.sde.num_steps
+    noise, shuffled = torch.randn(T, N, A, generator=generator), torch.randperm(N, generator=generator)
+    return {
+        "the data's": action,
+        "the policy's": erdp.sample_actions(agent.policy, agent.sde, state, noise, agent.args.clip_denoised),
+        "of another row": action[shuffled],
+        "uniform": 2 * torch.rand(N, A, generator=generator) - 1,
+    }
 
 
 def start_actions(agent: erdp.Agent, data: erdp.Batch, starts: np.ndarray) -> dict[str, np.ndarray]:
@@ -558,7 +573,8 @@ def diagnose(folder: Path) -> str:
     figure, ((scatter, along), (start, bars)) = plt.subplots(2, 2, figsize=(13, 9))
 
     true, lines = returns[some], []
-    for name, x in values(agent, data, some).items():
+    state, action = data.state[some], data.action[some]
+    for name, x in values(agent, target_q(agent, state, action)).items():
         scatter.plot(true, x, ".", markersize=2, label=name)
         share, correlation = f"{(x > true).mean():.0%}", f"{np.corrcoef(x, true)[0, 1]:.2f}"
         lines.append([name, f"{x.mean():.2f}", f"{x.std():.2f}", share, correlation])
@@ -570,11 +586,17 @@ def diagnose(folder: Path) -> str:
     total = np.where(terminal[ends], ends - starts, -1) if reached else np.add.reduceat(data.reward.numpy(), starts)
     e = total.argmax()
     episode = rows[starts[e] : ends[e] + 1]
-    for name, x in values(agent, data, episode).items():
+    for name, x in values(agent, target_q(agent, data.state[episode], data.action[episode])).items():
         along.plot(x, label=name)
     along.plot(returns[episode], "--", color="gray", label="return-to-go")
     which = "longest that reaches the goal" if reached else "highest return"
     along.set(xlabel="step", ylabel="value", title=f"Along one of the data's episodes: the {which}")
+
+    compared, own = [], target_q(agent, state, action)
+    for name, other in other_actions(agent, state, action).items():
+        gain = target_q(agent, state, other) - own  # (M, N)
+        figures = (own + gain).mean(), gain.mean(), gain.mean(0).std(), gain.std(0, correction=0).mean()
+        compared.append([name, *(f"{float(x):.2f}" for x in figures)])
 
     taken, moved = start_actions(agent, data, starts), []
     for k, (name, x) in enumerate(taken.items()):
@@ -597,6 +619,10 @@ def diagnose(folder: Path) -> str:
         f"The target ensemble at {len(some):,} {note}. Rewards are scaled as in training. A policy that is better than "
         "the data has higher values than it.\n",
         table("what, mean, deviation, above the return-to-go, correlation with it", lines),
+        "## What an action is worth\n",
+        "Q at the same states for other actions, and by how much it is above Q of the data's: mean and deviation over "
+        "states of the ensemble's mean, and the members' deviation around it, mean over states.\n",
+        table("action, mean Q, above the data's, over states, over members", compared),
         "## Actions at the start of an episode\n",
         f"At {len(taken['the data'])} start states near the first one, on the scale from -1 to 1. Distance: of the "
         "means; it and the deviation are averages over dimensions.\n",
