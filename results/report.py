@@ -190,7 +190,12 @@ def group_key(run: Run) -> tuple:
 def group_runs(runs: list[Run]) -> list[Group]:
     """The finished runs, those of one arm on one data set together."""
     groups = {}
-    for run in sorted((run for run in runs if run.result), key=lambda run: (str(group_key(run)), run.config["seed"])):
+
+    def order(run: Run):
+        config = run.config
+        return data_name(config), label(arm_of(config)), config["num_steps"], str(group_key(run)), config["seed"]
+
+    for run in sorted((run for run in runs if run.result), key=order):
         groups.setdefault(group_key(run), []).append(run)
     return [Group(*key[:-1], dict(key[-1]), some) for key, some in groups.items()]
 
