@@ -696,7 +696,10 @@ def load_minari(task: Task) -> Batch:
     parts = []
     with refusing(f"{task.dataset_id} cannot be read", "delete it and fetch it again"):
         for episode in task.data.iterate_episodes():
-            state = flatten(task.space, episode.observations)
+            try:
+                state = flatten(task.space, episode.observations)
+            except ValueError as error:
+                raise UserError(f"{task.dataset_id} has arrays of unequal length: {short(error)}") from error
             action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, np.float64)
             terminal, n = np.array(episode.terminations, np.float32), len(reward)
             if not len(state) - 1 == len(action) == len(terminal) == n:

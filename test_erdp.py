@@ -2975,7 +2975,7 @@ MINARI_CHANGES = {  # what is changed in the file of a good data set, and what t
     "rewards": (lambda rows: rows[:-1], ["unequal length", "3 rewards"]),
     "actions": (lambda rows: rows[:-1], ["unequal length", "3 actions"]),
     "terminations": (lambda rows: rows[:-1], ["unequal length", "3 terminations"]),
-    "observations/goal": (lambda rows: rows[:-1], ["cannot be read", "must match exactly"]),
+    "observations/goal": (lambda rows: rows[:-1], ["unequal length"]),
     "observations/me/place": (lambda rows: rows * math.nan, ["NaN or infinity"]),
 }
 
