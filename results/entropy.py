@@ -144,13 +144,18 @@ def terms_of_eq15(agent, batch, noise, q_data, args):
     return tuple(torch.diff(torch.stack([x[0] * 0, *x]), dim=0) for x in (losses, gradients))
 
 
+def drawn(data, args, batches: int):
+    """That many batches of the data, each with its noise, whose buffers the next one fills; always the same ones."""
+    generator, noise = torch.Generator().manual_seed(0), erdp.empty_noise(args, data.action.shape[1], "cpu")
+    for _ in range(batches):
+        erdp.draw(noise, len(data.reward), generator)
+        yield erdp.Batch(*(column[noise.rows] for column in data)), noise
+
+
 def term_norms(agent, data, args, batches: int = BATCHES):
     """Mean norms of the gradients of diffusion, Q and entropy term, and mean cosine of the last with the first."""
-    generator, result = torch.Generator().manual_seed(0), []
-    for _ in range(batches):
-        noise = erdp.empty_noise(args, data.action.shape[1], "cpu")
-        erdp.draw(noise, len(data.reward), generator)
-        batch = erdp.Batch(*(column[noise.rows] for column in data))
+    result = []
+    for batch, noise in drawn(data, args, batches):
         with torch.no_grad():
             q_data = agent.critics(batch.state, batch.action)
         _, gradients = terms_of_eq15(agent, batch, noise, q_data, args)
@@ -178,13 +183,11 @@ def fresh_agent():
 
 def load_agent(path: Path):
     """The agent of a run's checkpoint.pt, on the CPU, and what else that file holds. Raises erdp.UserError."""
-    try:
+    with erdp.refusing(f"{path} is not a whole checkpoint.pt of a run", "give that of another run"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         args, about = dataclasses.replace(erdp.Args(**saved["args"]), device="cpu", compile=False), saved["about"]
         agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
         agent.load_state_dict(saved["agent"])
-    except Exception as error:  # torch.load raises many
-        raise erdp.UserError(f"{path} is not a whole checkpoint.pt of a run ({erdp.short(error)})") from error
     return agent, saved
 
 

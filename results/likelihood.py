@@ -181,7 +181,7 @@ def draw(result: dict, path: Path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.3))
     for i, panel in enumerate(axes):
         for loss, colour in zip(LOSSES, ("tab:blue", "tab:green", "tab:red"), strict=True):
-            if loss != "likelihood":  # clipping moves no point of these
+            if loss != "likelihood":  # clipping moves no point of these to be seen
                 panel.plot(STEPS, [result[loss, True, T][i] for T in STEPS], "o-", color=colour, label=loss)
                 continue
             for clip, mark, how in ((False, "o", "not clipped"), (True, "x", "clipped")):

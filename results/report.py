@@ -509,17 +509,17 @@ def target_q(agent: erdp.Agent, state: torch.Tensor, action: torch.Tensor) -> to
 
 
 def values(agent: erdp.Agent, q: torch.Tensor) -> dict[str, np.ndarray]:
+    """What the ensemble makes of its members' Q (M, N)."""
     low = erdp.pessimistic_value(q, agent.args.pessimism, agent.args.lcb_coef, agent.args.variant)
     return {"ensemble's mean": q.mean(0).numpy(), "pessimistic value": low.numpy()}
 
 
 @torch.no_grad()
 def other_actions(agent: erdp.Agent, state: torch.Tensor, action: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Actions for the states of these rows of the data: the rows' own, the policy's, and two that ignore the state."""
+    """Other actions than the data's own for the states of these rows: the policy's, and two that ignore the state."""
     generator, N, A, T = torch.Generator().manual_seed(0), *action.shape, agent.sde.num_steps
     noise, shuffled = torch.randn(T, N, A, generator=generator), torch.randperm(N, generator=generator)
     return {
-        "the data's": action,
         "the policy's": erdp.sample_actions(agent.policy, agent.sde, state, noise, agent.args.clip_denoised),
         "of another row": action[shuffled],
         "uniform": 2 * torch.rand(N, A, generator=generator) - 1,
@@ -539,13 +539,10 @@ def start_actions(agent: erdp.Agent, data: erdp.Batch, starts: np.ndarray) -> di
     return taken
 
 
-def loss_terms(agent: erdp.Agent, data: erdp.Batch, batches: int = 20) -> dict[str, tuple[float, float]]:
+def loss_terms(agent: erdp.Agent, data: erdp.Batch, batches: int = entropy.BATCHES) -> dict[str, tuple[float, float]]:
     """Each term of Eq. 15, and Eq. 16: its value and the norm of its gradient, means over batches."""
-    args, found, generator = agent.args, [], torch.Generator().manual_seed(0)
-    noise = erdp.empty_noise(args, data.action.shape[1], "cpu")
-    for _ in range(batches):
-        erdp.draw(noise, len(data.reward), generator)
-        batch = erdp.Batch(*(column[noise.rows] for column in data))
+    args, found = agent.args, []
+    for batch, noise in entropy.drawn(data, args, batches):
         next_state = batch.next_state.repeat(noise.next_action.shape[1] // args.batch_size, 1)
         with torch.no_grad():
             a = erdp.sample_actions(agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised)
@@ -579,7 +576,8 @@ def diagnose(folder: Path) -> str:
 
     true, lines = returns[some], []
     state, action = data.state[some], data.action[some]
-    for name, x in values(agent, target_q(agent, state, action)).items():
+    own = target_q(agent, state, action)
+    for name, x in values(agent, own).items():
         scatter.plot(true, x, ".", markersize=2, label=name)
         share, correlation = f"{(x > true).mean():.0%}", f"{np.corrcoef(x, true)[0, 1]:.2f}"
         lines.append([name, f"{x.mean():.2f}", f"{x.std():.2f}", share, correlation])
@@ -597,7 +595,7 @@ def diagnose(folder: Path) -> str:
     which = "longest that reaches the goal" if reached else "highest return"
     along.set(xlabel="step", ylabel="value", title=f"Along one of the data's episodes: the {which}")
 
-    compared, own = [], target_q(agent, state, action)
+    compared = [["the data's", f"{float(own.mean()):.2f}", *["0.00"] * 3]]
     for name, other in other_actions(agent, state, action).items():
         gain = target_q(agent, state, other) - own  # (M, N)
         figures = (own + gain).mean(), gain.mean(), gain.mean(0).std(), gain.std(0, correction=0).mean()
@@ -633,7 +631,8 @@ def diagnose(folder: Path) -> str:
         "means; it and the deviation are averages over dimensions.\n",
         table("whose, distance from the data, deviation, at the bounds", moved),
         "## The terms of Eq. 15, and Eq. 16\n",
-        f"Means over 20 batches. The policy's gradient and the critics' are clipped at {args.grad_norm:g}.\n",
+        f"Means over {entropy.BATCHES} batches. The policy's gradient and the critics' are clipped at "
+        f"{args.grad_norm:g}.\n",
         table("term, value, gradient norm", [[name, f"{v:.4g}", f"{norm:.4g}"] for name, (v, norm) in terms.items()]),
         "![Values, actions, gradients](diagnosis.png)\n",
     ])
