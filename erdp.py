@@ -1,19 +1,22 @@
 """Entropy-regularized Diffusion Policy with Q-Ensembles (ERDP) for offline RL, in one file.
 
 Reference: Zhang, Luo, Sjölund, Schön and Mattsson, "Entropy-regularized Diffusion Policy with Q-Ensembles for Offline
-Reinforcement Learning", arXiv:2402.04080. Equation, table and algorithm numbers are the paper's, and the code is in its
-order: settings, SDE (Eq. 1-8), networks, sampler (Eq. 10), losses (Eq. 5, 12-17), data, evaluation, Algorithm 1, main.
+Reinforcement Learning", arXiv:2402.04080. Equation, table and algorithm numbers are the paper's. The first half is the
+paper, in its order: settings, SDE (Eq. 1-8), networks, sampler (Eq. 10), losses (Eq. 5, 12-17), Algorithm 1. The second
+half is what a program needs besides: data, evaluation, the run's folder and loop, the command line.
 
     python erdp.py                                      # the toy task of Figure 1
     python erdp.py --env antmaze-umaze-v0 --seed 0      # one row of Table 2 with the paper's settings
 """
 
-import argparse
+from __future__ import annotations  # the choices in Args come from tables further down
+
 import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
+import importlib
 import importlib.metadata
 import io
 import json
@@ -23,9 +26,12 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import threading
 import time
 import urllib.request
 import warnings
+import zlib
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -39,161 +45,82 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-DISCOUNT = 0.99
-TARGET_RATE = 0.005  # of the Q targets, every step ("eta" in Algorithm 1, not the eta of Eq. 12)
-POLICY_EMA_RATE, POLICY_EMA_EVERY, POLICY_EMA_START = 0.005, 5, 1000
-CRITIC_LR = 3e-4  # in every domain; Table 4's learning rate is the policy's
-BACKUP_CANDIDATES = 10  # next actions of max Q-backup
-HIDDEN = 256  # width of every network
-TOY_HIDDEN, TOY_CRITIC_LR = 64, 2e-3  # the toy's small networks learn in 4,000 updates
-LOG_EVERY = 100  # updates between two readings of the losses, the only waits for the device in the training loop
+# ==== 1. Settings: Section 4.1 and Table 4, whose lines are in DOMAINS ================================================
 
-
-class UserError(Exception):
-    """Bad input: its one sentence goes to stderr and the program ends with status 2."""
-
-
-# ==== 1. Settings: Section 4.1, Table 4, and the 20 rows of Tables 1 and 2 ============================================
 
 @dataclasses.dataclass
 class Args:
     """Entropy-regularized diffusion policy with Q-ensembles (arXiv:2402.04080). What is not given is the row's preset:
     add --env ROW to --help to see it."""
 
-    env: str = "toy"
-    """toy, or a row of the paper's Tables 1 and 2, such as antmaze-umaze-v0"""
-    seed: int = 0
-    """seed of initialisation, batches, noise and evaluation"""
-    dataset: str | None = None
-    """a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data"""
-    variant: Literal["paper", "released"] = "paper"
-    """the equations as the paper means them, or as the authors' released code computes them"""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N"""
-    num_steps: int = 1_000_000
-    """updates in all"""
-    batch_size: int = 256
-    """transitions an update"""
-    num_critics: int = 64
-    """M, the ensemble's size"""
-    lcb_coef: float = 4.0
-    """beta of Eq. 17"""
-    pessimism: Literal["lcb", "min"] = "lcb"
-    """lcb: Eq. 17 with independent targets; min: clipped double Q, the minimum over members in a shared target"""
-    entropy_coef: float = 0.01
-    """alpha of Eq. 12"""
-    num_diffusion_steps: int = 5
-    """T"""
-    schedule: Literal["cosine", "constant", "linear", "vp"] = "cosine"
-    """theta_t of Eq. 1 over t"""
-    loss: Literal["noise", "likelihood", "posterior"] = "noise"
-    """diffusion loss: Eq. 5; IR-SDE's likelihood loss (Table 4); or the latter without its Euler step"""
-    lr: float = 3e-4
-    """the policy's learning rate (the critics' is 3e-4)"""
-    eta: float = 1.0
-    """Q-learning weight of Eq. 12"""
-    grad_norm: float = 4.0
-    """gradient norm at which the policy's and the whole ensemble's gradients are each clipped"""
-    max_q_backup: bool = False
-    """targets take the best of 10 next actions for each member"""
-    clip_denoised: bool = True
-    """clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)"""
-    compile: bool = False
-    """compile the losses with torch.compile: on a CPU about 1.5 times as fast, once that has taken half a minute"""
-    precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """of matrix products: float32, tf32 (CUDA), or bf16 for the ensemble's; all else is float32"""
-    eval_every: int = 50_000
-    """updates between two evaluations"""
-    eval_episodes: int = 100
-    """episodes an evaluation"""
-    eval_candidates: int = 50
-    """sampled actions among which one is drawn by softmax over their pessimistic value; 1 is a plain sample
-    (--eval-only: as in training unless given)"""
-    run_dir: str | None = None
-    """the run's own folder (default: runs/<env>__<variant>__<seed>)"""
-    resume: bool = False
-    """go on from the run folder's checkpoint"""
-    checkpoint: str | None = None
-    """policy.pt or checkpoint.pt that --eval-only evaluates (default: the run folder's policy.pt)"""
-    eval_only: bool = False
-    """evaluate a trained policy, print its score and write nothing"""
-
-
-# Table 4 and Section 4.1, one line a domain; the toy is not in the paper's table.
-TABLE_4 = "lr", "eta", "max_q_backup", "grad_norm", "loss", "clip_denoised", "num_steps", "eval_episodes"
-PRESETS = {
-    "gym": (3e-4, 1.0, False, 4.0, "likelihood", False, 2_000_000, 10),
-    "antmaze": (3e-4, 2.0, True, 4.0, "noise", True, 1_000_000, 100),  # but umaze: no max Q-backup
-    "adroit": (3e-5, 0.1, False, 8.0, "noise", True, 1_000_000, 100),
-    "kitchen": (3e-4, 0.005, False, 10.0, "likelihood", False, 1_000_000, 100),
-    "toy": (1e-3, 3.0, False, 4.0, "noise", True, 4_000, 100),
-}
-
-
-class Row(NamedTuple):
-    """A row of Table 1 or 2: domain, data, evaluation environment (None: the data set's), D4RL's reference returns."""
-
-    domain: str
-    dataset: str
-    env_id: str | None
-    ref_min: float
-    ref_max: float
-
-
-ROBOTS = {
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
-    "hopper": ("Hopper-v4", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
-}
-ROWS = {
-    f"{robot}-{level}-v2": Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *ROBOTS[robot])
-    for level in ("medium", "medium-replay", "medium-expert")
-    for robot in ROBOTS
-}
-for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
-    ROWS[f"antmaze-{maze}-v0"] = Row("antmaze", f"D4RL/antmaze/{maze}", None, 0.0, 1.0)
-for level in ("human", "cloned"):
-    ROWS[f"pen-{level}-v1"] = Row("adroit", f"D4RL/pen/{level}", None, 96.262799, 3076.8331017826877)
-for level in ("complete", "partial", "mixed"):
-    ROWS[f"kitchen-{level}-v0"] = Row("kitchen", f"D4RL/kitchen/{level}", None, 0.0, 4.0)
-
-
-def domain_of(env: str) -> str:
-    """The PRESETS key of a row, of the toy, or (any other name: a bare --dataset) Gym's."""
-    return ROWS[env].domain if env in ROWS else "toy" if env == "toy" else "gym"
-
-
-def preset(env: str) -> Args:
-    """The paper's settings for `env`: Section 4.1's, then Table 4's line of its domain."""
-    args = dataclasses.replace(Args(env=env), **dict(zip(TABLE_4, PRESETS[domain_of(env)])))
-    if env == "antmaze-umaze-v0":  # the asterisk in Table 4
-        args.max_q_backup = False
-    if env == "toy":
-        args.eval_every, args.batch_size, args.num_critics = 400, 64, 8
-    if torch.cuda.is_available():
-        args.device, args.compile, args.precision = "cuda", True, "tf32"
-    return args
+    env: str = "toy"  # toy, or a row of the paper's Tables 1 and 2, such as antmaze-umaze-v0
+    seed: int = 0  # of initialisation, batches, noise and evaluation
+    dataset: str | None = None  # a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data
+    variant: Literal["paper", "released"] = "paper"  # the paper's equations, or what its authors' released code computes
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    num_steps: int = 1_000_000  # updates in all
+    batch_size: int = 256  # transitions an update
+    hidden: int = 256  # width of every network
+    discount: float = 0.99  # gamma
+    # critics
+    num_critics: int = 64  # M, the ensemble's size
+    lcb_coef: float = 4.0  # beta of Eq. 17
+    pessimism: Pessimism = "lcb"  # lcb: Eq. 17, independent targets; min: clipped double Q, the minimum and its target
+    max_q_backup: bool = False  # targets take the best of 10 next actions for each member
+    critic_lr: float = 3e-4  # learning rate of the critics, in every domain
+    target_rate: float = 0.005  # of the Q targets, every update ("eta" in Algorithm 1, not the eta of Eq. 12)
+    # policy
+    num_diffusion_steps: int = 5  # T
+    schedule: Schedule = "cosine"  # theta_t of Eq. 1 over t
+    loss: Loss = "noise"  # Eq. 5; IR-SDE's likelihood loss (Table 4); or the latter without its Euler step, posterior
+    eta: float = 1.0  # Q-learning weight of Eq. 12
+    entropy_coef: float = 0.01  # alpha of Eq. 12
+    clip_denoised: bool = True  # clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)
+    lr: float = 3e-4  # learning rate of the policy
+    grad_norm: float = 4.0  # at which the policy's and the whole ensemble's gradients are each clipped
+    ema_rate: float = 0.005  # of the policy that Q's next actions come from
+    ema_every: int = 5  # updates between two moves of that policy
+    ema_start: int = 1000  # update of its first move
+    # evaluation and the program
+    eval_every: int = 50_000  # updates between two evaluations
+    eval_episodes: int = 100  # episodes an evaluation
+    eval_candidates: int = 50  # samples of which one is drawn by softmax over their pessimistic value; 1: a plain sample
+    compile: bool = False  # torch.compile the losses: about 1.5 times as fast on a CPU, after half a minute of compiling
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products: tf32 (CUDA); bf16: the ensemble's alone
+    eval_env: str | None = None  # environment of a data set that names none: an id, module:id or module:Class
+    run_dir: str | None = None  # the run's own folder (default: runs/<env>__<variant>__<seed>)
+    resume: bool = False  # go on from the run folder's checkpoint
+    eval_only: bool = False  # evaluate a trained policy, print its score and write nothing
+    checkpoint: str | None = None  # policy.pt or checkpoint.pt for --eval-only (default: the run folder's policy.pt)
 
 
 # ==== 2. The mean-reverting SDE: Eq. 1-8, 14, 28 ======================================================================
 
+
+def cosine(k, T):
+    def f(k):
+        return np.cos((k / (T + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+
+    return 1 - f(k) / f(0)
+
+
 # theta over steps k = 1..T (an array), up to a factor: every schedule is scaled to theta_bar_T = -ln(1e-3).
-SCHEDULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "cosine": lambda k: 1 - np.cos((k / (len(k) + 1) + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(np.pi / 252) ** 2,
-    "constant": lambda k: np.ones(len(k)),
-    "linear": lambda k: np.linspace(1, 200, len(k)),
-    "vp": lambda k: 1 - np.exp(-0.1 / len(k) - 4.95 * (2 * k - 1) / len(k) ** 2),
+SCHEDULES = {
+    "cosine": cosine,
+    "constant": lambda k, T: np.ones(T),
+    "linear": lambda k, T: np.linspace(1, 200, T),
+    "vp": lambda k, T: 1 - np.exp(-0.1 / T - 4.95 * (2 * k - 1) / T**2),
 }
+Schedule = Literal[tuple(SCHEDULES)]
 
 
 class MeanRevertingSDE:
     """The SDE of Eq. 1, dx = -theta_t x dt + sqrt(2 theta_t) dw, on the paper's grid t = 0..T, T = num_steps.
 
-    theta_prime (T+1,) holds theta'_t, the integral of theta over step t, and theta_bar (T+1,) its cumulative sum:
-    theta_bar[0] == 0, theta_bar[T] = -ln(1e-3). x is (B, A) or (A,). Times t and tau are an int or an integer tensor
-    (B,), which gives coefficients of shape (B, 1). Densities are summed over the last axis. Coefficients are computed
-    in float64 and stored in `dtype`. An int outside 0 <= tau <= t <= T raises ValueError; tensors are not checked, as
-    that would wait for the device.
+    theta_bar (T+1,) holds the integrals of theta from 0 to t: theta_bar[0] == 0, theta_bar[T] = -ln(1e-3). x is (B, A)
+    or (A,). Times tau and t are an int or an integer tensor (B,), which gives coefficients of shape (B, 1). Densities
+    are summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` once, where they meet x.
+    Ints other than 0 <= tau <= t <= T raise ValueError; tensors are not checked, as that would wait for the device.
     """
 
     def __init__(self, num_steps: int = 5, schedule: str = "cosine", dtype=torch.float32, device="cpu"):
@@ -201,62 +128,56 @@ class MeanRevertingSDE:
             raise ValueError(f"num_steps is {num_steps}, but the SDE needs at least 2 steps")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
-        self.num_steps = num_steps
-        theta = SCHEDULES[schedule](np.arange(1.0, num_steps + 1))
-        theta_prime = np.append(0.0, theta * -math.log(1e-3) / theta.sum())
-        theta_bar = np.cumsum(theta_prime)
-        between = np.maximum(theta_bar[None, :] - theta_bar[:, None], 0)  # (T+1, T+1): theta_bar_{tau:t} at [tau, t]
-        var = -np.expm1(-2 * between)
-        before = np.arange(num_steps + 1).clip(1) - 1  # t - 1; nothing reads the coefficients at t = 0
-        step_var, var_t = -np.expm1(-2 * theta_prime), np.append(1.0, var[0, 1:])
-        tables = dict(
-            theta_prime=theta_prime,
-            theta_bar=theta_bar,
-            _scale=np.exp(-between),
-            _var=var,
-            _std=np.sqrt(var),
-            _growth=np.exp(theta_bar),
-            _mean_x_t=var[0, before] / var_t * np.exp(-theta_prime),  # Eq. 7
-            _mean_x_0=step_var / var_t * np.exp(-theta_bar[before]),
-            _posterior_var=var[0, before] * step_var / var_t,
-        )
-        for name, table in tables.items():
-            setattr(self, name, torch.as_tensor(table, dtype=dtype, device=device))
+        self.num_steps, self.dtype = num_steps, dtype
+        theta = SCHEDULES[schedule](np.arange(1, num_steps + 1), num_steps)
+        theta_bar = np.cumsum([0, *theta])
+        self.theta_bar = torch.as_tensor(theta_bar / theta_bar[-1] * -math.log(1e-3), device=device)  # float64
 
-    def _at(self, table, *times, first=0):
-        """table[times], with a last axis to broadcast over x where a time is a tensor; ints ascend from `first`."""
-        ints = [t for t in times if isinstance(t, int)]
-        if any(a > b for a, b in zip([first, *ints], [*ints, self.num_steps])):
-            raise ValueError(f"diffusion times {ints} must ascend from {first} to T = {self.num_steps}")
-        value = table[times]
-        return value[..., None] if value.ndim else value
+    def between(self, tau, t):
+        """theta_bar_{tau:t}, the integral of theta from tau to t; theta'_t where tau = t - 1. In float64."""
+        bounds = [0, *(time for time in (tau, t) if isinstance(time, int)), self.num_steps]
+        if bounds != sorted(bounds):
+            raise ValueError(f"diffusion times {bounds[1:-1]} must ascend from 0 to T = {self.num_steps}")
+        theta_bar = self.theta_bar[t] - self.theta_bar[tau]
+        return theta_bar[..., None] if theta_bar.ndim else theta_bar  # a last axis, to broadcast over x
+
+    def decay(self, tau, t):
+        return torch.exp(-self.between(tau, t))
+
+    def var(self, tau, t):
+        return -torch.expm1(-2 * self.between(tau, t))
 
     def transition(self, tau, t):
-        """Eq. 2: (scale, var) of p(x_t | x_tau) = N(scale x_tau, var I), tau <= t."""
-        return self._at(self._scale, tau, t), self._at(self._var, tau, t)
+        """Eq. 2: (decay, var) of p(x_t | x_tau) = N(decay x_tau, var I), tau <= t."""
+        return self.decay(tau, t).to(self.dtype), self.var(tau, t).to(self.dtype)
 
     def diffuse(self, x_0, t, eps):
         """Eq. 4: x_t from clean x_0 and standard Gaussian noise eps."""
-        return self._at(self._scale, 0, t) * x_0 + self._at(self._std, 0, t) * eps
+        decay, std = self.decay(0, t), self.var(0, t).sqrt()
+        return decay.to(self.dtype) * x_0 + std.to(self.dtype) * eps
 
     def score(self, x_t, x_0, t):
         """Eq. 28: the gradient of log p(x_t | x_0) with respect to x_t, for t >= 1."""
-        scale, var = self.transition(0, t)
-        return -(x_t - scale * x_0) / var
+        decay, var = self.transition(0, t)
+        return -(x_t - decay * x_0) / var
 
     def posterior(self, x_t, x_0, t):
         """Eq. 6-7: (mean, var) of p(x_{t-1} | x_t, x_0) for t >= 1; at t = 1, x_0 and 0."""
-        mean = self._at(self._mean_x_t, t, first=1) * x_t + self._at(self._mean_x_0, t) * x_0
-        return mean, self._at(self._posterior_var, t)
+        before, step, whole = self.var(0, t - 1), self.var(t - 1, t), self.var(0, t)
+        from_x_t = before / whole * self.decay(t - 1, t)
+        from_x_0 = step / whole * self.decay(0, t - 1)
+        mean = from_x_t.to(self.dtype) * x_t + from_x_0.to(self.dtype) * x_0
+        return mean, (before * step / whole).to(self.dtype)
 
     def predict_x0(self, x_t, t, eps):
         """Eq. 8: x0-hat, the x_0 of which x_t is the diffused value if its noise is eps."""
-        return self._at(self._growth, t) * (x_t - self._at(self._std, 0, t) * eps)
+        growth, std = torch.exp(self.between(0, t)), self.var(0, t).sqrt()
+        return growth.to(self.dtype) * (x_t - std.to(self.dtype) * eps)
 
     def log_prob(self, x_t, x_tau, tau, t):
         """log p(x_t | x_tau), the density of Eq. 2 for tau < t. Shape: x's without its last axis."""
-        scale, var = self.transition(tau, t)
-        return (-0.5 * (x_t - scale * x_tau) ** 2 / var - 0.5 * torch.log(2 * torch.pi * var)).sum(-1)
+        decay, var = self.transition(tau, t)
+        return (-0.5 * (x_t - decay * x_tau) ** 2 / var - 0.5 * torch.log(2 * torch.pi * var)).sum(-1)
 
     def log_prob_x1(self, x_1, x_T, x_0):
         """Eq. 14: log p(x_1 | x_T, x_0) by Bayes' rule on the densities of Eq. 2."""
@@ -265,11 +186,12 @@ class MeanRevertingSDE:
 
     def reverse_sde_step(self, x_t, t, score, noise):
         """Eq. 3: one Euler-Maruyama step from t to t - 1, against time, with standard Gaussian noise."""
-        theta = self._at(self.theta_prime, t, first=1)
+        theta = self.between(t - 1, t).to(self.dtype)
         return x_t + theta * x_t + 2 * theta * score + (2 * theta).sqrt() * noise
 
 
 # ==== 3. Networks =====================================================================================================
+
 
 def mish(x):
     """x tanh(softplus(x)); for the compiler x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
@@ -283,20 +205,22 @@ def mish(x):
 class NoiseNetwork(nn.Module):
     """eps_phi(x_t, t, s): three hidden Mish layers over (noisy action, time embedding, state)."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden: int = HIDDEN):
+    def __init__(self, state_dim: int, action_dim: int, hidden: int = 256):
         super().__init__()
-        self.register_buffer("frequency", 10_000 ** (-torch.arange(8, dtype=torch.float64) / 7), persistent=False)
+        frequency = 10_000 ** (-torch.arange(8, dtype=torch.float64) / 7)
+        self.register_buffer("frequency", frequency, persistent=False)
         self.time = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 16)])
         sizes = [action_dim + 16 + state_dim, hidden, hidden, hidden, action_dim]
         self.layers = nn.ModuleList(nn.Linear(*size) for size in zip(sizes, sizes[1:]))
 
     def forward(self, x_t, t, state):
-        """x_t (B, A), t (B,) integer in 1..T, state (B, S) -> (B, A)."""
-        phase = ((t - 1)[:, None] * self.frequency).to(x_t.dtype)  # (B, 8)
-        time = self.time[1](mish(self.time[0](torch.cat([phase.sin(), phase.cos()], -1))))  # (B, 16)
-        h = torch.cat([x_t, time, state], -1)  # (B, A + 16 + S)
+        """x_t (..., A), t (...) integer in 1..T, state (..., S) -> (..., A)."""
+        phase = ((t - 1)[..., None] * self.frequency).to(x_t.dtype)  # (..., 8)
+        time = torch.cat([phase.sin(), phase.cos()], -1)  # (..., 16)
+        time = self.time[1](mish(self.time[0](time)))  # (..., 16)
+        h = torch.cat([x_t, time, state], -1)  # (..., A + 16 + S)
         for layer in self.layers[:-1]:
-            h = mish(layer(h))  # (B, H)
+            h = mish(layer(h))  # (..., H)
         return self.layers[-1](h)
 
 
@@ -306,9 +230,7 @@ class QEnsemble(nn.Module):
     `bf16`: the products between hidden layers in bfloat16, from float32 parameters and to float32 activations.
     """
 
-    def __init__(
-        self, state_dim: int, action_dim: int, num_critics: int = 64, hidden: int = HIDDEN, bf16: bool = False
-    ):
+    def __init__(self, state_dim: int, action_dim: int, num_critics: int = 64, hidden: int = 256, bf16: bool = False):
         super().__init__()
         self.bf16 = bf16
         sizes = [state_dim + action_dim, hidden, hidden, hidden, 1]
@@ -320,31 +242,32 @@ class QEnsemble(nn.Module):
             nn.init.uniform_(last, -3e-3, 3e-3)
 
     def forward(self, state, action, frozen: bool = False):
-        """state (B, S), action (B, A) -> (M, B). `frozen`: gradients reach the action but not the weights."""
-        weights = [w.detach() if frozen else w for w in self.weights]
-        biases = [b.detach() if frozen else b for b in self.biases]
-        h = torch.cat([state, action], -1)  # (B, S + A), the same for all members
-        M, fan_in, hidden = weights[0].shape
-        h = h @ weights[0].transpose(0, 1).reshape(fan_in, M * hidden)  # (B, M * H): no copy of h a member
-        h = mish(h.view(-1, M, hidden).transpose(0, 1) + biases[0])  # (M, B, H)
+        """state (..., S), action (..., A) -> (M, ...). `frozen`: gradients reach the action but not the weights."""
+        weights = [weight.detach() if frozen else weight for weight in self.weights]
+        biases = [bias.detach() if frozen else bias for bias in self.biases]
+        x = torch.cat([state, action], -1).flatten(0, -2)  # (N, S + A), the same for all members
+        h = torch.einsum("ni,mih->mnh", x, weights[0])  # (M, N, H)
+        h = mish(h + biases[0])
         for weight, bias in zip(weights[1:-1], biases[1:-1]):
             product = (h.bfloat16() @ weight.bfloat16()).float() if self.bf16 else h @ weight
-            h = mish(product + bias)  # (M, B, H)
-        return (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)  # (M, B): no product, so that Mish fuses with it
+            h = mish(product + bias)  # (M, N, H)
+        q = (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)  # (M, N): no product, so that Mish fuses with it
+        return q.unflatten(-1, action.shape[:-1])
 
 
 # ==== 4. Sampling: Eq. 10 by Eq. 6 and 8 ==============================================================================
 
-def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_sample: bool = True):
-    """Actions (B, A) for states (B, S) in T steps of optimal sampling (Proposition 3.1).
 
-    network(x_t (B, A), t (B,), state) is any predictor of the noise. noise (T, B, A) is standard Gaussian: x_T, then
-    Eq. 6's for t = T..2. `clip_denoised` clamps each x0-hat to [-1, 1], `clip_sample` the finished action.
+def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_sample: bool = True):
+    """Actions (..., A) for states (..., S) in T steps of optimal sampling (Proposition 3.1).
+
+    network(x_t (..., A), t (...), state) is any predictor of the noise. noise (T, ..., A) is standard Gaussian: x_T,
+    then Eq. 6's for t = T..2. `clip_denoised` clamps each x0-hat to [-1, 1], `clip_sample` the finished action.
     """
     T = sde.num_steps
     x_t = noise[0]
     for t in range(T, 0, -1):
-        eps = network(x_t, torch.full((len(x_t),), t, device=x_t.device), state)
+        eps = network(x_t, torch.full(x_t.shape[:-1], t, device=x_t.device), state)
         x_0 = sde.predict_x0(x_t, t, eps)  # Eq. 8
         if clip_denoised:
             x_0 = x_0.clamp(-1, 1)
@@ -353,7 +276,8 @@ def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_
     return x_t.clamp(-1, 1) if clip_sample else x_t
 
 
-# ==== 5. Losses: Eq. 5, 16, 17, 12-15 =================================================================================
+# ==== 5. Losses, in the paper's order: Eq. 5, 12-15, 16, 17 ===========================================================
+
 
 class Batch(NamedTuple):
     """Transitions: state (B, S), action (B, A) in [-1, 1], reward (B,), next_state (B, S), terminal (B,) 0 or 1."""
@@ -372,40 +296,87 @@ class Noise(NamedTuple):
     t: torch.Tensor  # (B,) diffusion times, uniform on 1..T
     eps: torch.Tensor  # (B, A) noise of Eq. 4
     a_T: torch.Tensor  # (B, A) the a^T of Eq. 14
-    next_action: torch.Tensor  # (T, C * B, A) noise of the sampler for C candidate next actions a state
+    next_action: torch.Tensor  # (T, C, B, A) noise of the sampler for C candidate next actions a state
 
 
-def diffusion_loss(sde, x_0, x_t, t, eps, eps_hat, loss: str = "noise"):
-    """Mean squared error of the predicted noise eps_hat (B, A), given x_t = sde.diffuse(x_0, t, eps).
+def noise_loss(sde, x_0, x_t, t, eps, eps_hat):
+    """Eq. 5, squared: noise matching."""
+    return F.mse_loss(eps_hat, eps)
 
-    "noise" is Eq. 5. "likelihood" (Table 4; IR-SDE) compares one Euler step of the reverse SDE's drift with the optimal
-    x_{t-1} of Eq. 40; an Euler step over a coarse grid is not the posterior mean, and the true noise no minimiser.
-    "posterior" compares the posterior means themselves (Eq. 7 with x0-hat of Eq. 8): the true noise does, at any T.
+
+def likelihood_loss(sde, x_0, x_t, t, eps, eps_hat):
+    """Table 4's (IR-SDE's): one Euler step of the reverse SDE's drift against the optimal x_{t-1} of Eq. 40.
+
+    An Euler step over a coarse grid is not the posterior mean, and the true noise not the minimiser.
     """
-    if loss == "noise":
-        return F.mse_loss(eps_hat, eps)
     optimal, _ = sde.posterior(x_t, x_0, t)  # Eq. 40
-    if loss == "likelihood":
-        score = -eps_hat / sde.transition(0, t)[1].sqrt()  # Eq. 30
-        return F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)
-    return F.mse_loss(sde.posterior(x_t, sde.predict_x0(x_t, t, eps_hat), t)[0], optimal)
+    score = -eps_hat / sde.transition(0, t)[1].sqrt()  # Eq. 30
+    return F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)
 
 
-def critic_loss(critics, critics_target, batch: Batch, next_action, pessimism: str = "lcb", discount: float = DISCOUNT):
-    """Eq. 16, squared: the mean over members and batch of (Q_m(s, a) - y_m)^2. Returns it and Q(s, a) (M, B).
+def posterior_loss(sde, x_0, x_t, t, eps, eps_hat):
+    """The posterior means themselves (Eq. 7 with x0-hat of Eq. 8): the true noise is the minimiser at any T."""
+    optimal, _ = sde.posterior(x_t, x_0, t)  # Eq. 40
+    mean, _ = sde.posterior(x_t, sde.predict_x0(x_t, t, eps_hat), t)
+    return F.mse_loss(mean, optimal)
 
-    next_action (C, B, A) holds C candidates a next state; y_m takes the best by the target of member m (max Q-backup).
-    Targets are independent, y_m from target m, or with pessimism "min" shared, the minimum over members.
+
+# L_diff of Eq. 15: mean squared errors for the predicted noise eps_hat (B, A), given x_t = sde.diffuse(x_0, t, eps).
+LOSSES = {"noise": noise_loss, "likelihood": likelihood_loss, "posterior": posterior_loss}
+Loss = Literal[tuple(LOSSES)]
+
+
+def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
+    """log p(a^1-hat | a^T, s) of Eq. 13-15 (B,), from a^0-hat (unclamped), its predicted noise and a^T.
+
+    "paper": Eq. 14 at a^1-hat = Eq. 4 of a^0-hat and the predicted noise at t = 1. "released": a^1-hat is an Euler step
+    of the drift, and each density has earlier and later state exchanged, at times 1, 2 and T.
     """
-    C, B, _ = next_action.shape
+    if variant == "paper":
+        return sde.log_prob_x1(sde.diffuse(a_0, 1, eps_hat), a_T, a_0)
+    T, a_1 = sde.num_steps, (1 - sde.between(0, 1)).to(sde.dtype) * a_0
+    return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
+
+
+def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args) -> dict:
+    """Eq. 15, with L_diff of `args.loss`: the "policy_loss", and its "diffusion_loss", "lcb" and "entropy" (-log p).
+
+    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
+    where it is. q_data (M, B), for the lambda of variant "paper", is Q(s, a) of the batch as this step's `critic_loss`
+    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
+    """
+    x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
+    eps_hat = policy(x_t, noise.t, batch.state)
+    l_diff = LOSSES[args.loss](sde, batch.action, x_t, noise.t, noise.eps, eps_hat)
+    a_0 = sde.predict_x0(x_t, noise.t, eps_hat)  # Eq. 8
+    log_p = policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
+    entropy = -log_p.mean()
+    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
+    value = pessimistic_value(q, args).mean()
+    bonus = args.entropy_coef * entropy if args.entropy_coef else 0.0
+    if args.variant == "paper":
+        lambda_ = args.eta / pessimistic_value(q_data, args).abs().mean().detach()  # eta / E|Q(s, a)|
+        loss = l_diff - lambda_ * (value + bonus)
+    else:
+        lambda_ = args.eta / q.abs().mean().detach()
+        loss = l_diff - lambda_ * value - bonus / log_p.abs().mean().detach()
+    measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy)
+    return {"policy_loss": loss} | {name: term.detach() for name, term in measured.items()}
+
+
+def critic_loss(critics, critics_target, batch: Batch, next_state, next_action, args: Args) -> dict:
+    """Eq. 16, squared: "critic_loss", the mean over members and batch of (Q_m(s, a) - y_m)^2, and "q", Q(s, a) (M, B).
+
+    next_action (C, B, A) holds C candidates for next_state (C, B, S); y_m takes the best by the target of member m (max
+    Q-backup). Targets are independent, y_m from target m, or with pessimism "min" shared, the minimum over members.
+    """
     with torch.no_grad():
-        next_state = batch.next_state.expand(C, B, -1).reshape(C * B, -1)
-        next_q = critics_target(next_state, next_action.reshape(C * B, -1)).view(-1, C, B).amax(1)  # (M, B)
-        if pessimism == "min":
+        next_q = critics_target(next_state, next_action).amax(1)  # (M, C, B) -> (M, B)
+        if args.pessimism == "min":
             next_q = next_q.amin(0, keepdim=True)  # (1, B)
-        target = batch.reward + discount * (1 - batch.terminal) * next_q
+        target = batch.reward + args.discount * (1 - batch.terminal) * next_q
     q = critics(batch.state, batch.action)  # (M, B)
-    return ((q - target) ** 2).mean(), q
+    return {"critic_loss": ((q - target) ** 2).mean(), "q": q}
 
 
 def lcb(q, beta: float = 4.0, unbiased: bool = False):
@@ -421,88 +392,131 @@ def lcb(q, beta: float = 4.0, unbiased: bool = False):
     return q.mean(0) - beta * var.masked_fill(agree, 1).sqrt().masked_fill(agree, 0)
 
 
-def pessimistic_value(q, pessimism: str, beta: float, variant: str):
-    """The ensemble's value (B,) from q (M, B): Eq. 17, or the minimum over members."""
-    return q.amin(0) if pessimism == "min" else lcb(q, beta, unbiased=variant == "released")
+PESSIMISM = {
+    "lcb": lambda q, args: lcb(q, args.lcb_coef, unbiased=args.variant == "released"),
+    "min": lambda q, args: q.amin(0),
+}
+Pessimism = Literal[tuple(PESSIMISM)]
 
 
-def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
-    """log p(a^1-hat | a^T, s) of Eq. 13-15 (B,), from a^0-hat (unclamped), its predicted noise and a^T.
-
-    "paper": Eq. 14 at a^1-hat = Eq. 4 of a^0-hat and the predicted noise at t = 1. "released": a^1-hat is an Euler step
-    of the drift, and each density has earlier and later state exchanged, at times 1, 2 and T.
-    """
-    if variant == "paper":
-        return sde.log_prob_x1(sde.diffuse(a_0, 1, eps_hat), a_T, a_0)
-    T, a_1 = sde.num_steps, (1 - sde.theta_prime[1]) * a_0
-    return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
+def pessimistic_value(q, args: Args):
+    """The ensemble's value (...) from q (M, ...): Eq. 17, or the minimum over members."""
+    return PESSIMISM[args.pessimism](q, args)
 
 
-def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args):
-    """Eq. 15, with L_diff of `args.loss`. Returns it with L_diff, the mean pessimistic value and the mean of -log p.
+# ==== 6. Algorithm 1 ==================================================================================================
 
-    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. q_data (M, B), for the lambda of variant "paper", is Q(s, a) of the batch as this step's `critic_loss`
-    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
-    """
-    x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
-    eps_hat = policy(x_t, noise.t, batch.state)
-    l_diff = diffusion_loss(sde, batch.action, x_t, noise.t, noise.eps, eps_hat, args.loss)
-    a_0 = sde.predict_x0(x_t, noise.t, eps_hat)  # Eq. 8
-    log_p = policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
-    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
-    value = pessimistic_value(q, args.pessimism, args.lcb_coef, args.variant)  # (B,)
-    if args.variant == "paper":
-        scale = pessimistic_value(q_data, args.pessimism, args.lcb_coef, args.variant).abs().mean()
-        bonus = value.mean() - args.entropy_coef * log_p.mean() if args.entropy_coef else value.mean()
-        loss = l_diff - args.eta / scale.detach() * bonus  # lambda = eta / E|Q(s, a)|
-    else:
-        loss = l_diff - args.eta / q.abs().mean().detach() * value.mean()
-        if args.entropy_coef:
-            loss = loss + args.entropy_coef * log_p.mean() / log_p.abs().mean().detach()
-    return loss, l_diff.detach(), value.mean().detach(), -log_p.mean().detach()
+BACKUP_CANDIDATES = 10  # next actions of max Q-backup
+METRICS = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
 
 
-# ==== 6. Tasks and data ===============================================================================================
+class Agent:
+    """What Algorithm 1 updates: the policy pi_phi and its EMA, the ensemble Q_psi and its targets, two optimisers."""
+
+    PARTS = "policy", "critics", "policy_ema", "critics_target", "policy_optimizer", "critic_optimizer"
+
+    def __init__(self, state_dim: int, action_dim: int, args: Args, device="cpu"):
+        self.args = args
+        self.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, device=device)
+        bf16 = args.precision == "bf16"
+        self.policy = NoiseNetwork(state_dim, action_dim, args.hidden).to(device)
+        self.critics = QEnsemble(state_dim, action_dim, args.num_critics, args.hidden, bf16).to(device)
+        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
+        self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
+        options = dict(fused=True, capturable=torch.device(device).type == "cuda")
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr, **options)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.critic_lr, **options)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured update counts too
+        compiled = torch.compile if args.compile else lambda function: function
+        self.sample_actions = compiled(sample_actions)
+        self.critic_loss = compiled(critic_loss)
+        self.policy_loss = compiled(policy_loss)
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"updates": self.updates}
+
+    def load_state_dict(self, state: dict):
+        for name in self.PARTS:
+            part = getattr(self, name)
+            groups = {"param_groups": part.state_dict()["param_groups"]} if "optimizer" in name else {}
+            part.load_state_dict(state[name] | groups)  # `capturable` is this device's, not the checkpoint's
+        self.updates.copy_(state["updates"])
+
+
+def update(agent: Agent, batch: Batch, noise: Noise) -> dict:
+    """One iteration of Algorithm 1, in place. Returns the METRICS as tensors, without waiting for the device."""
+    args = agent.args
+    # Ensemble-Q learning
+    with torch.no_grad():
+        next_state = batch.next_state.expand(noise.next_action.shape[1], -1, -1)  # (C, B, S)
+        next_action = agent.sample_actions(
+            agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised
+        )
+    critic = agent.critic_loss(agent.critics, agent.critics_target, batch, next_state, next_action, args)
+    optimizer_step(critic["critic_loss"], agent.critics, agent.critic_optimizer, args.grad_norm)
+    # Diffusion policy learning, against the updated Q
+    q = critic["q"].detach()
+    policy = agent.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q, args)
+    optimizer_step(policy["policy_loss"], agent.policy, agent.policy_optimizer, args.grad_norm)
+    # Target networks
+    due = (agent.updates >= args.ema_start) & (agent.updates % args.ema_every == 0)
+    soft_update(agent.policy_ema, agent.policy, due.double() * args.ema_rate)
+    soft_update(agent.critics_target, agent.critics, args.target_rate)
+    agent.updates += 1
+    return {name: value.detach() for name, value in (critic | policy | {"q": q.mean()}).items()}
+
+
+def optimizer_step(loss, module: nn.Module, optimizer, grad_norm: float):
+    """One optimiser step on `loss`, the gradient of all of `module` clipped as one vector."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), grad_norm)
+    optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, rate):
+    """target <- target + rate (source - target), parameter by parameter. rate is a float or a tensor of no axes."""
+    for old, new in zip(target.parameters(), source.parameters()):
+        old.lerp_(new, rate if isinstance(rate, float) else rate.to(old.dtype))
+
+
+def noise_buffers(args: Args, action_dim: int, device) -> Noise:
+    """The tensors that `sample_noise` fills."""
+    B, T, C = args.batch_size, args.num_diffusion_steps, BACKUP_CANDIDATES if args.max_q_backup else 1
+    rows, t = torch.empty(2, B, dtype=torch.int64, device=device)
+    eps, a_T = torch.empty(2, B, action_dim, device=device)
+    return Noise(rows, t, eps, a_T, torch.empty(T, C, B, action_dim, device=device))
+
+
+def sample_noise(noise: Noise, num_rows: int, generator: torch.Generator):
+    """Fills the buffers with fresh values, in place, so that a captured update reads them too."""
+    noise.rows.random_(0, num_rows, generator=generator)
+    noise.t.random_(1, len(noise.next_action) + 1, generator=generator)
+    for gaussian in (noise.eps, noise.a_T, noise.next_action):
+        gaussian.normal_(generator=generator)
+
+
+# ######################################################################################################################
+# Nothing below is specific to the paper: data, evaluation, the run's folder and loop, the command line.
+# ######################################################################################################################
+
+# ==== 7. What the rest of the file shares =============================================================================
 
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 PATIENCE = 20  # seconds that a silent server is waited for
+CANNOT_MAKE = "see that what it needs is installed, or name another by --eval-env"
+EPISODE_LIMIT = 1000  # steps, where the environment has no limit of its own
 
 
-@dataclasses.dataclass
-class Task:
-    """Where a policy is evaluated, and how its observations, actions and returns are to be read."""
-
-    domain: str  # a key of PRESETS
-    data: object  # MinariDataset, Path of an HDF5 file, or None for the toy
-    dataset_id: str
-    spec: gym.envs.registration.EnvSpec
-    space: gym.Space  # of what the policy sees: all, or some parts, of an observation
-    low: np.ndarray  # (A,) action bounds
-    high: np.ndarray
-    ref_min: float  # returns of score 0 and 100
-    ref_max: float
-
-    @property
-    def state_dim(self) -> int:
-        return gym.spaces.flatdim(self.space)
-
-    def score(self, returns):
-        """D4RL's normalised score."""
-        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+class UserError(Exception):
+    """Bad input: its one sentence goes to stderr and the program ends with status 2."""
 
 
-@contextlib.contextmanager
-def quiet():
-    """Keeps off the screen what importing gymnasium_robotics and making a `-v4` environment print."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")  # Gymnasium's logger warns by `warnings` too
-        yield
-
-
-def short(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an exception's message, for errors of one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 @contextlib.contextmanager
@@ -513,7 +527,93 @@ def refusing(problem: str, advice: str):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{problem} ({short(error)}): {advice}") from error
+        raise UserError(f"{problem} ({first_line(error)}): {advice}") from error
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps off the screen what importing gymnasium_robotics and making a `-v4` environment print."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # Gymnasium's logger warns by `warnings` too
+        yield
+
+
+def say(words: str):
+    """Prints a line, above the progress bar if there is one. A closed pipe costs the line, never the run."""
+    try:
+        tqdm.write(words)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: str | None = None):
+    """Holds the file `path` as this process's own: if another has it, says `waiting` and waits, or is refused.
+
+    A POSIX lock ends with its process and is not inherited by workers. Where there is none, the program runs without.
+    """
+    with contextlib.ExitStack() as end:
+        try:
+            import fcntl
+
+            file = end.enter_context(open(path, "a"))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if waiting is None:
+                raise UserError(f"another process is at work in {path.parent}: wait for it, or give another --run-dir")
+            say(waiting)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def write_whole(path: Path, write: Callable):
+    """Writes a file so that it is there as a whole or as it was: `write` gets another, open in binary, to begin with."""
+    part = path.with_name(".part-" + path.name)
+    with refusing(f"{path} cannot be written", "what was there is as before; make room, then --resume"):
+        try:
+            with open(part, "wb") as file:
+                write(file)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+# ==== 8. The rows of Tables 1 and 2, and their data ===================================================================
+
+
+class Domain(NamedTuple):
+    """What the rows of a domain share: Table 4's settings, how their data are read and their episodes played."""
+
+    settings: dict  # Table 4's line and Section 4.1, where they differ from Args
+    reward: Callable = lambda reward: reward  # the data's rewards (N,) -> the critics'
+    observation: str | None = None  # the part of an observation that the policy sees; None: all of it
+    goal_ends: bool = False  # an episode of the data ends, terminal, at its first reward
+    env: dict = {}  # arguments of the environment
+
+
+def sparse_reward(reward):
+    if not np.isin(reward, (0, 1)).all():
+        raise UserError("AntMaze rows learn from rewards of 0 and 1: give a data set with sparse rewards")
+    return 4 * (reward - 0.5)
+
+
+def standardised(reward):
+    return (reward - reward.mean()) / (reward.std() or 1)
+
+
+DOMAINS = {
+    "toy": Domain(
+        dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000, eval_every=400)
+    ),
+    "gym": Domain(dict(loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10)),
+    "antmaze": Domain(dict(eta=2.0, max_q_backup=True), sparse_reward, goal_ends=True, env={"continuing_task": False}),
+    "adroit": Domain(dict(lr=3e-5, eta=0.1, grad_norm=8.0), standardised),
+    "kitchen": Domain(
+        dict(eta=0.005, grad_norm=10.0, loss="likelihood", clip_denoised=False), observation="observation"
+    ),
+}
 
 
 class ToyEnv(gym.Env):
@@ -541,32 +641,205 @@ class ToyEnv(gym.Env):
         return self.state, float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
 
 
-def toy_data(seed: int, episodes: int = 256) -> Batch:
-    """Unbalanced two-step episodes: four steps in five drift to the left, away from the high reward."""
-    rng = np.random.default_rng(seed)
-    drift = np.where(rng.random((episodes, 2)) < 0.8, -0.3, 0.5)
-    action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
-    position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
-    state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
-    reward, terminal = ToyEnv.reward(position[:, 1:]), np.broadcast_to([0.0, 1.0], (episodes, 2))
-    before, after = state[:, :2].reshape(-1, 2), state[:, 1:].reshape(-1, 2)
-    return Batch(before, action.reshape(-1, 1), reward.ravel(), after, terminal.ravel())
+class Row(NamedTuple):
+    """A row of Table 1 or 2: domain, data, evaluation environment (None: the data set's), D4RL's reference returns."""
+
+    domain: str
+    dataset: str
+    env: str | gym.envs.registration.EnvSpec | None
+    ref_min: float
+    ref_max: float
 
 
-def shapes(space: gym.Space) -> str:
-    """An observation space in words, to be compared: 'achieved_goal (2,), observation (27,)'."""
+ROBOTS = {
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+}
+TOY = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv, max_episode_steps=2)
+ROWS = {"toy": Row("toy", "toy-20", TOY, 0.0, ToyEnv.best_return())}
+for level in ("medium", "medium-replay", "medium-expert"):
+    for robot, (env_id, ref_min, ref_max) in ROBOTS.items():
+        file_name = f"{robot}_{level.replace('-', '_')}-v2.hdf5"
+        ROWS[f"{robot}-{level}-v2"] = Row("gym", file_name, env_id, ref_min, ref_max)
+for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
+    ROWS[f"antmaze-{maze}-v0"] = Row("antmaze", f"D4RL/antmaze/{maze}", None, 0.0, 1.0)
+for level in ("human", "cloned"):
+    ROWS[f"pen-{level}-v1"] = Row("adroit", f"D4RL/pen/{level}", None, 96.262799, 3076.8331017826877)
+for level in ("complete", "partial", "mixed"):
+    ROWS[f"kitchen-{level}-v0"] = Row("kitchen", f"D4RL/kitchen/{level}", None, 0.0, 4.0)
+
+
+def domain_of(env: str) -> str:
+    """The DOMAINS key of a row, or (any other name: a bare --dataset) Gym's."""
+    return ROWS[env].domain if env in ROWS else "gym"
+
+
+def preset(env: str) -> Args:
+    """The paper's settings for `env`, on this machine's device."""
+    args = Args(env=env, **DOMAINS[domain_of(env)].settings)
+    if env == "antmaze-umaze-v0":  # the asterisk in Table 4
+        args.max_q_backup = False
+    if torch.cuda.is_available():
+        args.device, args.compile, args.precision = "cuda", True, "tf32"
+    return args
+
+
+@dataclasses.dataclass
+class Task:
+    """Where a policy is evaluated, and how its observations, actions and returns are to be read."""
+
+    domain: str  # a key of DOMAINS
+    data: object  # MinariDataset, Path of an HDF5 file, the toy's share of good steps, or None where none is read
+    dataset_id: str
+    spec: gym.envs.registration.EnvSpec
+    space: gym.Space  # of what the policy sees: all, or some parts, of an observation
+    low: np.ndarray  # action bounds, in the environment's shape
+    high: np.ndarray
+    ref_min: float  # returns of score 0 and 100
+    ref_max: float
+    returns: np.ndarray | None = None  # of the data's own episodes, had they been played here; `load_data` knows them
+
+    @property
+    def state_dim(self) -> int:
+        return gym.spaces.flatdim(self.space)
+
+    def score(self, returns):
+        """D4RL's normalised score."""
+        return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
+
+    def played(self, next_state) -> int:
+        """How many steps of a recorded episode, given by the states (N, S) they led to, the environment would play."""
+        return min(len(next_state), self.spec.max_episode_steps or EPISODE_LIMIT)
+
+
+def layout(space: gym.Space):
+    """How an observation is flattened: the shape of a Box, or the layouts of a Dict's parts."""
     if isinstance(space, gym.spaces.Dict):
-        return ", ".join(f"{key} {shapes(part)}" for key, part in space.items())
+        return {key: layout(part) for key, part in space.items()}
     if not isinstance(space, gym.spaces.Box):
         raise UserError(f"{space} is not supported: observations must be Box spaces or Dicts of them")
-    return str(space.shape)
+    return list(space.shape)
 
 
-def flatten(space: gym.Space, observations) -> np.ndarray:
-    """Observations (N, ...) of a Box, or nested dicts of them, as (N, S) float32 in the space's order."""
-    if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flatten(part, observations[key]) for key, part in space.items()], 1)
-    return np.asarray(observations, np.float32).reshape(len(observations), -1)
+def flatten(parts, observation) -> np.ndarray:
+    """Observations (..., *shape), or nested dicts of them, as (..., S) float32 in the order of the layout `parts`."""
+    if isinstance(parts, dict):
+        return np.concatenate([flatten(part, observation[key]) for key, part in parts.items()], -1)
+    array = np.asarray(observation, np.float32)
+    return array.reshape(*array.shape[: array.ndim - len(parts)], -1)
+
+
+def spaces_of(source, name: str):
+    """The layout of the observations and the bounds (2, ...) of the actions of an environment or a Minari set."""
+    actions = source.action_space
+    if not isinstance(actions, gym.spaces.Box):
+        raise UserError(f"{name} has the actions {actions}: not a bounded, continuous Box")
+    bounds = np.stack([actions.low, actions.high]).astype(float)
+    spread = bounds[1] - bounds[0]
+    if not ((spread > 0) & (spread < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
+        raise UserError(f"{name} has the actions {actions}: not a bounded, continuous Box with 0 < high - low < 1e6")
+    return layout(source.observation_space), bounds
+
+
+def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
+    """The Task of an environment, which is made, with the arguments `kwargs`, to see its spaces."""
+    with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
+        env = gym.make(spec, **kwargs)
+        env.close()
+    spec, space = env.spec, env.observation_space
+    if spec.max_episode_steps is None:
+        say(f"{spec.id} has no time limit: its episodes are cut after {EPISODE_LIMIT} steps")
+        spec.max_episode_steps = EPISODE_LIMIT
+    if key := DOMAINS[domain].observation:
+        if not (isinstance(space, gym.spaces.Dict) and key in space.keys()):
+            raise UserError(f"{spec.id} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
+        space = gym.spaces.Dict({key: space[key]})
+    _, (low, high) = spaces_of(env, spec.id)
+    task = Task(domain, data, dataset_id, spec, space, low, high, *refs)
+    if theirs := getattr(data, "spec", None):  # what a Minari set says of itself
+        ours, bounds = spaces_of(env, spec.id)
+        recorded, recorded_bounds = spaces_of(theirs, dataset_id)
+        if ours != recorded or bounds.shape != recorded_bounds.shape or not np.allclose(bounds, recorded_bounds):
+            there = f"{recorded} and {recorded_bounds.tolist()} against {ours} and {bounds.tolist()}"
+            raise UserError(f"{dataset_id} and its environment {spec.id} differ in observations or actions: {there}")
+    return task
+
+
+def open_task(args: Args) -> Task:
+    """The task that --env and --dataset name: its environment, and the way to its data, which is not read yet."""
+    row, domain = ROWS.get(args.env), domain_of(args.env)
+    if row is None and args.env not in (args.dataset or ""):
+        near = ", ".join(difflib.get_close_matches(args.env, ROWS, 3, 0))
+        raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
+    source = args.dataset or row.dataset
+    if domain == "toy":
+        return make_task(domain, toy_share(source), source, row.env, (row.ref_min, row.ref_max))
+    register_robots()
+    if source.endswith((".hdf5", ".h5")):
+        data, dataset_id, recorded, metadata = open_hdf5(source, download=args.dataset is None), source, None, {}
+    else:
+        data = open_minari(source)
+        dataset_id, recorded, metadata = data.spec.dataset_id, data.spec.env_spec, data.storage.metadata
+    if args.eval_env:
+        spec = find_env(args.eval_env)
+    elif row and row.env:
+        spec = row.env
+    elif recorded:
+        with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
+            env = data.recover_environment(eval_env=True)
+            env.close()
+        spec = env.spec
+    else:
+        raise UserError(f"{dataset_id} names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
+    refs = (row.ref_min, row.ref_max) if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    if None in refs:
+        say(f"{dataset_id} has no reference scores: its score is the return")
+        refs = 0.0, 100.0
+    kwargs = dict(DOMAINS[domain].env)
+    if DOMAINS[domain].goal_ends:
+        kwargs["maze_map"] = evaluation_maze(dataset_id, spec, recorded)
+    return make_task(domain, data, dataset_id, spec, refs, **kwargs)
+
+
+def register_robots():
+    """Makes Gymnasium-Robotics' environments known to Gymnasium, and those in modules of the current folder."""
+    os.environ.pop("MUJOCO_GL", None)  # nothing is rendered, so nothing may fail for want of a renderer
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    with quiet():
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+
+
+def find_env(name: str):
+    """The specification of --eval-env: an id that Gymnasium knows or, in a module, `module:id` or `module:Class`."""
+    with refusing(f"--eval-env {name} is not there", "give an id, or module:Class with the module in this folder"):
+        module, _, inner = name.rpartition(":")
+        if module and hasattr(importlib.import_module(module), inner):
+            return gym.envs.registration.EnvSpec(f"{inner}-v0", entry_point=name)
+        return gym.spec(inner)
+
+
+def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
+    """The maze to evaluate in: the spec's, mirrored if the data was collected between mirrored walls (Minari 304)."""
+
+    def maze_of(spec):
+        return spec.kwargs.get("maze_map") or gym.spec(spec.id).kwargs["maze_map"]
+
+    def walls(maze):
+        return [[cell == 1 for cell in line] for line in maze]
+
+    with refusing(f"{dataset_id} was not collected in a maze", "AntMaze's rows need one: give another --dataset"):
+        maze, collected = maze_of(spec), walls(maze_of(collected_spec))
+    if walls(maze) == collected:
+        return maze
+    for mirrored in ([line[::-1] for line in maze], maze[::-1]):
+        if walls(mirrored) == collected:
+            say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
+            return mirrored
+    raise UserError(f"{dataset_id} was collected in another maze than its evaluation environment's")
 
 
 def open_minari(dataset_id: str):
@@ -575,238 +848,224 @@ def open_minari(dataset_id: str):
         import minari
     if not re.fullmatch(r"([-\w]+/)*[-\w]+", dataset_id):
         raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/pen/human-v2")
-    name = re.sub(r"-v\d+$", "", dataset_id)
-    command = f"`minari download {dataset_id}`" + " (with the version in `minari list remote`)" * (dataset_id == name)
+    folder = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
 
     def newest(ids):
         """The id itself, or if it names no version, the id of its highest version."""
         ids = [i for i in ids if dataset_id in (i, i.rpartition("-v")[0])]
         return max(ids, key=lambda i: int(i.rpartition("-v")[2]), default=None)
 
-    with refusing(f"{dataset_id} cannot be read", f"delete it and run {command}"), quiet():
-        if found := newest(minari.list_local_datasets()):
+    with refusing(f"{folder} cannot be used", "set MINARI_DATASETS_PATH to a folder that can"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".erdp-lock", f"waiting for another process that is at work in {folder}"):
+        with refusing(f"{dataset_id} cannot be read", f"see that it is whole in {folder}"), quiet():
+            installed = minari.list_local_datasets()
+            if found := newest(installed):
+                return minari.load_dataset(found)
+        say(f"looking for {dataset_id} on Minari's server")
+        with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`, or copy it to {folder}"):
+            with quiet(), ThreadPool(1) as pool:  # Minari itself would wait for ever
+                remote = pool.apply_async(minari.list_remote_datasets, kwds=dict(compatible_minari_version=True))
+                found = newest(remote.get(PATIENCE))
+            if found is None:
+                there = ", ".join(installed) or "none"
+                raise UserError(f"{dataset_id} is neither on the server nor in {folder}, whose sets are: {there}")
+            with fetched_elsewhere(folder, found):
+                minari.download_dataset(found)
             return minari.load_dataset(found)
-    folder = os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")
-    with refusing(f"{dataset_id} cannot be downloaded", f"run {command} later, or copy it to {folder}"):
-        with quiet(), ThreadPool(1) as pool:  # Minari itself would wait for ever
-            ids = pool.apply_async(minari.list_remote_datasets, kwds=dict(prefix=name, compatible_minari_version=True))
-            ids.wait(PATIENCE)
-            if not ids.ready():
-                raise TimeoutError(f"no answer in {PATIENCE} s")
-        found = newest(ids.get())
-        if found is None:
-            raise UserError(f"{dataset_id} is neither in {folder} nor on the server: see `minari list remote`")
-        minari.download_dataset(found)
-        return minari.load_dataset(found)
 
 
-def download_hdf5(path: Path, url: str):
-    """Fetches `url` into the file `path`, which appears when it is complete."""
-    part = path.with_name(path.name + ".part")
-    hint = f"fetch it later and save it as {path}"
-    with refusing(f"{url} cannot be downloaded", hint), contextlib.ExitStack() as end:
+@contextlib.contextmanager
+def fetched_elsewhere(folder: Path, dataset_id: str):
+    """Within, Minari's folder is another one; at the end the set moves to `folder`, where it is whole or not at all."""
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    with tempfile.TemporaryDirectory(prefix=".erdp-", dir=folder) as part:
+        os.environ["MINARI_DATASETS_PATH"] = part
+        try:
+            yield
+        finally:
+            os.environ.pop("MINARI_DATASETS_PATH")
+            if before:
+                os.environ["MINARI_DATASETS_PATH"] = before
+        (folder / dataset_id).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(part) / dataset_id, folder / dataset_id)
+
+
+def open_hdf5(source: str, download: bool) -> Path:
+    """The path of a D4RL file, where `download` a row's own, which is fetched at first use."""
+    if not download:
+        if not (path := Path(source).expanduser()).exists():
+            raise UserError(f"--dataset {path} does not exist")
+        return path
+    path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / source
+    url, advice = D4RL_SERVER + source, f"fetch it later and save it as {path}"
+    with refusing(f"{url} cannot be downloaded", advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-        end.callback(part.unlink, missing_ok=True)
-        with urllib.request.urlopen(url, timeout=PATIENCE) as source, open(part, "wb") as file:
-            size = int(source.headers["Content-Length"])
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while chunk := source.read(1 << 20):
-                    bar.update(file.write(chunk))
-            if file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
-        part.replace(path)
+        with lock(path.with_name(f".{source}.lock"), f"waiting for another process that fetches {path}"):
+            if path.exists():
+                return path
+            with urllib.request.urlopen(url, timeout=PATIENCE) as reply:
+                write_whole(path, lambda file: copy_all(reply, file, path.name))
+    return path
 
 
-def open_task(args: Args) -> Task:
-    """The task that --env and --dataset name: its environment, and the way to its data, which is not read yet."""
-    row, domain = ROWS.get(args.env), domain_of(args.env)
-    if args.env == "toy":
-        if args.dataset:
-            raise UserError(f"--dataset {args.dataset} does not go with --env toy, which makes its own data")
-        spec, actions = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv), ToyEnv.action_space
-        space, best = ToyEnv.observation_space, ToyEnv.best_return()
-        return Task(domain, None, "toy", spec, space, actions.low, actions.high, 0.0, best)
-    if row is None and args.env != args.dataset:
-        near = difflib.get_close_matches(args.env, ["toy", *ROWS], 3, 0)
-        raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {', '.join(near)}")
-    with quiet():
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
-    source = args.dataset or row.dataset
-    if source.endswith((".hdf5", ".h5")):
-        if row is None or row.env_id is None:
-            raise UserError(f"--dataset {source} names no environment: add a Gym row such as --env hopper-medium-v2")
-        folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-        data = Path(args.dataset) if args.dataset else folder / source
-        if not os.path.exists(data):
-            if args.dataset:
-                raise UserError(f"--dataset {data} does not exist")
-            download_hdf5(data, D4RL_SERVER + source)
-        dataset_id, env_id, metadata = str(data), row.env_id, {}
-    else:
-        data = open_minari(source)
-        dataset_id, env_id, metadata = data.spec.dataset_id, row and row.env_id, data.storage.metadata
-    with refusing(f"the evaluation environment of {dataset_id} cannot be made", "install what it needs"), quiet():
-        env = gym.make(env_id) if env_id else data.recover_environment(eval_env=True)
-        env.close()
-        if domain == "antmaze":
-            maze = evaluation_maze(data, env.spec.kwargs["maze_map"])
-            env = gym.make(env.spec, continuing_task=False, maze_map=maze)
-            env.close()
-    space, actions = env.observation_space, env.action_space
-    for box in (actions, data.spec.action_space) if metadata else (actions,):
-        if not isinstance(box, gym.spaces.Box) or not box.is_bounded():
-            raise UserError(f"{dataset_id} in {env.spec.id} has the actions {box}: not a bounded, continuous Box")
-    if metadata:
-        ours, other = (shapes(space), actions), (shapes(data.spec.observation_space), data.spec.action_space)
-        bounds = [np.stack([box.low, box.high]) for box in (ours[1], other[1])]
-        if ours[0] != other[0] or bounds[0].shape != bounds[1].shape or not np.allclose(*bounds):
-            raise UserError(f"{dataset_id} and its environment {env.spec.id} differ: {other} against {ours}")
-    if domain == "kitchen":
-        if not (isinstance(space, gym.spaces.Dict) and "observation" in space.keys()):
-            raise UserError(f"{dataset_id} is no Kitchen data set: it observes {shapes(space)}, without 'observation'")
-        space = gym.spaces.Dict(observation=space["observation"])
-    ref = (row.ref_min, row.ref_max) if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
-    if None in ref:
-        print(f"{dataset_id} has no reference scores: its score is the return")
-        ref = (0.0, 100.0)
-    low, high = actions.low.ravel().astype(float), actions.high.ravel().astype(float)
-    return Task(domain, data, dataset_id, env.spec, space, low, high, *ref)
+def copy_all(reply, file, name: str):
+    """Copies a server's reply to a file. Raises OSError if it is not as long as announced."""
+    size = int(reply.headers["Content-Length"])
+    with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+        while chunk := reply.read(1 << 20):
+            bar.update(file.write(chunk))
+    if file.tell() != size:
+        raise OSError(f"{file.tell()} of {size} bytes came")
 
 
-def evaluation_maze(data, maze: list) -> list:
-    """The maze to evaluate in: `maze`, mirrored if the data was collected between mirrored walls (Minari issue 304)."""
-
-    def walls(maze):
-        return [[cell == 1 for cell in line] for line in maze]
-
-    collected = walls(data.env_spec.kwargs.get("maze_map") or gym.spec(data.env_spec.id).kwargs["maze_map"])
-    if walls(maze) == collected:
-        return maze
-    for mirrored in ([line[::-1] for line in maze], maze[::-1]):
-        if walls(mirrored) == collected:
-            print(f"{data.spec.dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
-            return mirrored
-    raise UserError(f"{data.spec.dataset_id} was collected in another maze than its evaluation environment's")
+def toy_share(source: str) -> float:
+    """toy-20 -> 0.2: the share of the toy's recorded steps that go towards the high reward."""
+    if not (share := re.fullmatch(r"toy-(\d\d?)", source)):
+        raise UserError(f"--dataset {source} does not go with --env toy, whose data are toy-0 to toy-99")
+    return int(share[1]) / 100
 
 
-def load_minari(task: Task) -> Batch:
-    """All transitions of a Minari data set. AntMaze is read as D4RL meant it: the goal ends an episode, terminal."""
-    parts = []
-    with refusing(f"{task.dataset_id} cannot be read", "delete it and fetch it again"):
-        for episode in task.data.iterate_episodes():
-            try:
-                state = flatten(task.space, episode.observations)
-            except ValueError as error:
-                raise UserError(f"{task.dataset_id} has arrays of unequal length: {short(error)}") from error
-            action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, np.float64)
-            terminal, n = np.array(episode.terminations, np.float32), len(reward)
-            if not len(state) - 1 == len(action) == len(terminal) == n:
-                lengths = f"{len(state)} observations, {len(action)} actions, {n} rewards, {len(terminal)} terminations"
-                raise UserError(f"{task.dataset_id} has arrays of unequal length: episode {episode.id} has {lengths}")
-            if task.domain == "antmaze" and (reward > 0).any():
-                n = int(np.argmax(reward > 0)) + 1
-                terminal[n - 1] = 1
-            parts.append((state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
-    return Batch(*map(np.concatenate, zip(*parts))) if parts else Batch(*[np.empty(0)] * 5)
+def toy_data(seed: int, share: float = 0.2, episodes: int = 256) -> Batch:
+    """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
+    rng = np.random.default_rng(seed)
+    drift = np.where(rng.random((episodes, 2)) < 1 - share, -0.3, 0.5)
+    action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
+    position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
+    state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
+    reward = ToyEnv.reward(position[:, 1:])
+    terminal = np.broadcast_to([0.0, 1.0], (episodes, 2))
+    before, after = state[:, :2].reshape(-1, 2), state[:, 1:].reshape(-1, 2)
+    return Batch(before, action.reshape(-1, 1), reward.ravel(), after, terminal.ravel())
 
 
-def load_hdf5(task: Task) -> Batch:
-    """All transitions of a D4RL file, paired as D4RL does: row i with row i + 1, but for timeouts and the last row."""
+def load_minari(task: Task):
+    """All transitions of a Minari set, and its episodes' returns. AntMaze as D4RL meant it: the goal ends an episode."""
+    parts, returns = [], []
+    for episode in task.data.iterate_episodes():
+        state, reward = flatten(layout(task.space), episode.observations), np.asarray(episode.rewards, float)
+        action, terminal = np.asarray(episode.actions, np.float32), np.array(episode.terminations, np.float32)
+        n = len(reward)
+        found = state.shape, action.shape, reward.shape, terminal.shape
+        expected = (n + 1, task.state_dim), (n, *task.low.shape), (n,), (n,)
+        if found != expected:
+            lengths = f"its states, actions, rewards and ends are {found}, not {expected}"
+            raise UserError(f"{task.dataset_id} has arrays of unequal length or width in episode {episode.id}: {lengths}")
+        if DOMAINS[task.domain].goal_ends and (reward > 0).any():
+            n = int(np.argmax(reward > 0)) + 1
+            terminal[n - 1] = 1
+        parts.append(Batch(state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+        returns.append(reward[: task.played(state[1 : n + 1])].sum())
+    return Batch(*map(np.concatenate, zip(*parts))) if parts else None, returns
+
+
+def load_hdf5(task: Task):
+    """All transitions of a D4RL file, and its episodes' returns. Row i is paired with row i + 1, as D4RL does.
+
+    A timeout row is left out, as the next row belongs to another episode, and so is the last row.
+    """
     import h5py
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
-    with refusing(f"{task.data} is not a whole HDF5 file", "fetch it again"), quiet(), h5py.File(task.data) as file:
+    with h5py.File(task.data) as file:
         rows = {key: np.asarray(file[key][()], np.float64) for key in keys if key in file}
     if missing := [key for key in keys if key not in rows]:
         raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
-    found = {key: np.shape(values) for key, values in rows.items()}
-    n = len(rows["rewards"]) if found["rewards"] else 0
-    wanted = dict.fromkeys(keys, (n,)) | dict(observations=(n, task.state_dim), actions=(n, len(task.low)))
-    if found != wanted:
-        raise UserError(f"{task.data} does not fit {task.spec.id}: its arrays are {found}, expected {wanted}")
     state, action, reward, terminal, timeout = rows.values()
+    n = reward.size
+    found = [array.shape for array in rows.values()]
+    expected = [(n, task.state_dim), (n, task.low.size), (n,), (n,), (n,)]
+    if found != expected:
+        raise UserError(f"{task.data} does not fit {task.spec.id}: its {keys} are {found}, not {expected}")
     keep = timeout[:-1] == 0
-    return Batch(*(x[keep] for x in (state[:-1], action[:-1], reward[:-1], state[1:], np.sign(np.abs(terminal[:-1])))))
+    columns = state[:-1], action[:-1], reward[:-1], state[1:], (terminal[:-1] != 0).astype(float)
+    ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
+    episodes = np.split(reward, ends)[: len(ends)] or [reward]  # the file may end within one
+    return Batch(*(column[keep] for column in columns)), [rewards[: task.played(rewards)].sum() for rewards in episodes]
 
 
 def load_data(task: Task, args: Args) -> Batch:
     """The data set as float32 tensors on the device: actions scaled to [-1, 1], rewards as the domain has them."""
-    read = toy_data if task.data is None else load_hdf5 if isinstance(task.data, Path) else load_minari
-    data = read(args.seed if task.data is None else task)
-    if len(data.reward) == 0:
-        raise UserError(f"{task.dataset_id} is empty: it holds no transition")
-    for name, values in data._asdict().items():
+    name = task.dataset_id
+    with refusing(f"{name} cannot be read", "see that it is whole, and not open elsewhere"):
+        with quiet(), np.errstate(over="ignore"):
+            if isinstance(task.data, float):
+                data = toy_data(args.seed, task.data)
+                returns = data.reward.reshape(-1, 2).sum(1)
+            else:
+                data, returns = load_hdf5(task) if isinstance(task.data, Path) else load_minari(task)
+    if data is None or len(data.reward) == 0:
+        raise UserError(f"{name} is empty: it holds no transition")
+    for column, values in data._asdict().items():
         if not (np.abs(values) <= np.finfo(np.float32).max).all():
-            raise UserError(f"{task.dataset_id} has NaN or infinity among its {name} values")
-    action = 2 * (data.action - task.low) / (task.high - task.low) - 1
+            raise UserError(f"{name} has NaN or infinity among its {column} values")
+    low, high = task.low.ravel(), task.high.ravel()
+    action = 2 * (data.action - low) / (high - low) - 1
     if (most := np.abs(action).max()) > 1 + 1e-3:
-        raise UserError(f"{task.dataset_id} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
-    reward = data.reward
-    if task.domain == "antmaze":
-        reward = 4 * (reward - 0.5)
-    elif task.domain == "adroit":
-        reward = (reward - reward.mean()) / (reward.std() or 1)
+        raise UserError(f"{name} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
+    reward = DOMAINS[task.domain].reward(data.reward)
+    task.returns = np.array(returns)
     data = data._replace(action=action.clip(-1, 1), reward=reward)
     return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
 
 
-# ==== 7. Acting and evaluation ========================================================================================
+# ==== 9. Acting and evaluation ========================================================================================
+
 
 class Actor:
     """The policy as it acts: of `args.eval_candidates` samples, one drawn by softmax over their pessimistic value."""
 
-    def __init__(self, policy, critics, sde, low, high, args: Args):
-        self.policy, self.critics, self.sde, self.args = policy, critics, sde, args
-        self.low, self.high = np.asarray(low), np.asarray(high)
-        self.sizes = critics.weights[0].shape[1] - len(self.low), len(self.low)  # of states and actions
+    def __init__(self, agent: Agent, parts, low, high):
+        self.agent, self.layout = agent, parts
+        self.low, self.high = np.asarray(low), np.asarray(high)  # the actions' bounds, in their shape
 
     @torch.no_grad()
-    def __call__(self, state, streams=None) -> np.ndarray:
-        """States (N, S) -> actions (N, A) in the environment's bounds; state n draws from the generator streams[n]."""
+    def __call__(self, observation, streams=None) -> np.ndarray:
+        """Flat states (N, S), or dicts as the environment has them -> actions (N, ...) within the environment's bounds.
+
+        One observation without the first axis gives one action. State n draws from the random generator streams[n].
+        """
+        nested = isinstance(observation, dict)
+        state = flatten(self.layout, observation) if nested else np.asarray(observation, np.float32)
+        if state.ndim == 1:
+            return self(state[None], streams)[0]
+        args, sde, device = self.agent.args, self.agent.sde, self.agent.sde.theta_bar.device
+        N, T, C, A = len(state), sde.num_steps, args.eval_candidates, self.low.size
         streams = streams or [np.random.default_rng() for _ in state]
-        args, device, N = self.args, self.sde.theta_bar.device, len(state)
-        shape = T, C, A = self.sde.num_steps, args.eval_candidates, len(self.low)
-        noise = np.stack([stream.standard_normal(shape, np.float32) for stream in streams], 1)  # (T, N, C, A)
-        noise = torch.as_tensor(noise, device=device).view(T, N * C, A)
-        state = torch.as_tensor(np.asarray(state, np.float32), device=device).repeat_interleave(C, 0)  # (N * C, S)
-        action = sample_actions(self.policy, self.sde, state, noise, args.clip_denoised)
+        noise = np.stack([stream.standard_normal((T, C, A), np.float32) for stream in streams], 1)  # (T, N, C, A)
+        noise = torch.as_tensor(noise, device=device)
+        state = torch.as_tensor(state, device=device)[:, None].expand(-1, C, -1)  # (N, C, S)
+        action = sample_actions(self.agent.policy, sde, state, noise, args.clip_denoised)  # (N, C, A)
         if C > 1:
-            value = pessimistic_value(self.critics(state, action), args.pessimism, args.lcb_coef, args.variant)
-            below = value.view(N, C).double().softmax(-1).cumsum(-1)
+            value = pessimistic_value(self.agent.critics_target(state, action), args)  # (N, C)
+            below = value.double().softmax(-1).cumsum(-1)
             u = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=device)
             chosen = torch.searchsorted(below, u, right=True).clamp(max=C - 1)  # (N, 1)
-            action = action.view(N, C, A).take_along_dim(chosen[..., None], 1)[:, 0]
-        action = self.low + (action.double().cpu().numpy() + 1) / 2 * (self.high - self.low)
-        return np.clip(action, self.low, self.high)
-
-
-def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
-    """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
-    with refusing(f"{path} is not a whole policy or checkpoint of this program", "give another file"):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        args = dataclasses.replace(Args(**saved["args"]), compile=False)
-        args.eval_candidates = candidates or args.eval_candidates
-        agent = Agent(saved["about"]["state_dim"], saved["about"]["action_dim"], args, device)
-        agent.policy.load_state_dict(saved["agent"]["policy"])
-        agent.critics_target.load_state_dict(saved["agent"]["critics_target"])
-        return agent.actor(saved["low"], saved["high"])
+            action = action.take_along_dim(chosen[..., None], 1)
+        action = action.double().cpu().numpy().reshape(N, *self.low.shape)
+        return np.clip(self.low + (action + 1) / 2 * (self.high - self.low), self.low, self.high)
 
 
 class Episode(gym.Wrapper):
-    """One episode. Once it has ended, as `info` says, it stands still until the next reset."""
+    """One episode of flat states. Once it has ended, as `info` says, it stands still until the next reset."""
+
+    def __init__(self, env: gym.Env, task: Task):
+        super().__init__(env)
+        self.layout = layout(task.space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (task.state_dim,))
 
     def reset(self, **kwargs):
-        self.last, self.ended = self.env.reset(**kwargs)[0], False
-        return self.last, {}
+        observation, _ = self.env.reset(**kwargs)
+        self.state, self.ended = flatten(self.layout, observation), False
+        return self.state, {}
 
     def step(self, action):
         reward, info = 0.0, {}
         if not self.ended:
-            self.last, reward, terminated, truncated, info = self.env.step(action)
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            self.state = flatten(self.layout, observation)
             self.ended = terminated or truncated
-        return self.last, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
+        return self.state, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
 
 
 def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
@@ -814,158 +1073,94 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
 
     def make():
         if multiprocessing.parent_process():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # to stop is the main process's business
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with quiet():
-            env = gym.make(task.spec, disable_env_checker=True)
-        flat = gym.spaces.flatten_space(task.space)
-        return Episode(gym.wrappers.TransformObservation(env, lambda o: gym.spaces.flatten(task.space, o), flat))
+            return Episode(gym.make(task.spec, disable_env_checker=True), task)
 
-    makers = [make] * min(episodes, num_envs or 2 * os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    makers = [make] * min(episodes, num_envs or 2 * cores)
     if task.domain == "toy":
         return gym.vector.SyncVectorEnv(makers)
     with quiet():  # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
         return gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
 
 
-def evaluate(actor: Actor, envs, episodes: int, seed: int, stopped=lambda: False) -> dict | None:
+def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> dict | None:
     """Plays `episodes` episodes: their return, success (NaN where the environment has none), length; None if stopped.
 
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
     nor anything in training changes the result.
     """
     K = envs.num_envs
-    returns, success, length = np.zeros(episodes), np.full(episodes, np.nan), np.zeros(episodes)
-    seeds = [int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in range(episodes)]
-    streams = [np.random.default_rng((seed, e)) for e in range(episodes)]
-    playing, following = np.arange(K), K  # the episode that each environment plays, and the next in line
-    alive, actions = np.ones(K, bool), np.tile(actor.low, (K, 1))
-    state, _ = envs.reset(seed=[seeds[e] for e in playing])
-    while alive.any():
-        if stopped():
-            return None
-        now = playing[alive]
-        actions[alive] = actor(state[alive], [streams[e] for e in now])
-        state, reward, _, _, info = envs.step(actions)
-        returns[now] += reward[alive]
-        length[now] += 1
-        success[now] = np.fmax(success[now], info["success"][alive])
-        fresh = np.zeros(K, bool)
-        for k in np.flatnonzero(alive & info["ended"]):
-            alive[k] = fresh[k] = following < episodes
-            if fresh[k]:
-                playing[k], following = following, following + 1
-        if fresh.any():
-            state, _ = envs.reset(seed=[seeds[e] for e in playing], options={"reset_mask": fresh})
-    return {"return": returns, "success": success, "length": length}
+    result = {"return": np.zeros(episodes), "success": np.full(episodes, np.nan), "length": np.zeros(episodes)}
+    bar = tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None)
+    for first in range(0, episodes, K):  # K episodes at a time
+        wave = range(first, first + K)
+        streams = [np.random.default_rng((seed, e)) for e in wave]
+        state, _ = envs.reset(seed=[int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in wave])
+        actions = np.stack([actor.low] * K)
+        alive = np.array(wave) < episodes
+        while alive.any():
+            if stopped():
+                return None
+            playing = np.flatnonzero(alive)
+            actions[alive] = actor(state[alive], [streams[k] for k in playing])
+            state, reward, _, _, info = envs.step(actions)
+            result["return"][first + playing] += reward[alive]
+            result["length"][first + playing] += 1
+            success = result["success"][first + playing]
+            result["success"][first + playing] = np.fmax(success, info["success"][alive])
+            bar.update(int(info["ended"][alive].sum()))
+            alive &= ~info["ended"]
+    bar.close()
+    return result
 
 
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
-    measures = {"return": result["return"], "score": task.score(result["return"])}
-    row = {f"{name}_{f}": float(getattr(values, f)()) for name, values in measures.items() for f in ("mean", "std")}
-    success = None if np.isnan(result["success"]).all() else float(result["success"].mean())
-    return row | dict(success=success, length=float(result["length"].mean()))
+    score, success = task.score(result["return"]), result["success"]
+    return dict(
+        return_mean=float(result["return"].mean()),
+        return_std=float(result["return"].std()),
+        score_mean=float(score.mean()),
+        score_std=float(score.std()),
+        success=None if np.isnan(success).all() else float(success.mean()),
+        length=float(result["length"].mean()),
+    )
 
 
 def in_words(row: dict) -> str:
     words = "score {score_mean:.1f} ± {score_std:.1f}, return {return_mean:.2f} ± {return_std:.2f}, length {length:.0f}"
-    return (words + ", success {success:.0%}" * (row["success"] is not None)).format(**row)
+    if row["success"] is not None:
+        words += ", success {success:.0%}"
+    return words.format(**row)
 
 
-# ==== 8. Training: Algorithm 1, and the folder that a run leaves ======================================================
+# ==== 10. Training, and the folder that a run leaves ==================================================================
 
-class Agent:
-    """What Algorithm 1 updates: the policy pi_phi and its EMA, the ensemble Q_psi and its targets, two optimisers."""
-
-    PARTS = "policy", "critics", "policy_ema", "critics_target", "policy_optimizer", "critic_optimizer"
-
-    def __init__(self, state_dim: int, action_dim: int, args: Args, device="cpu"):
-        self.args = args
-        toy = args.env == "toy"
-        hidden = TOY_HIDDEN if toy else HIDDEN
-        self.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, device=device)
-        self.policy = NoiseNetwork(state_dim, action_dim, hidden).to(device)
-        self.critics = QEnsemble(state_dim, action_dim, args.num_critics, hidden, args.precision == "bf16").to(device)
-        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critics_target = copy.deepcopy(self.critics).requires_grad_(False)
-        options = dict(fused=True, capturable=torch.device(device).type == "cuda")
-        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr, **options)
-        critic_lr = TOY_CRITIC_LR if toy else CRITIC_LR
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=critic_lr, **options)
-        self.updates = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured update counts too
-        self.functions = sample_actions, critic_loss, policy_loss
-        if args.compile:
-            self.functions = tuple(torch.compile(function) for function in self.functions)
-
-    def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"updates": self.updates}
-
-    def load_state_dict(self, state: dict):
-        for name in self.PARTS:
-            part = getattr(self, name)
-            groups = {"param_groups": part.state_dict()["param_groups"]} if "optimizer" in name else {}
-            part.load_state_dict(state[name] | groups)  # `capturable` is this device's, not the checkpoint's
-        self.updates.copy_(state["updates"])
-
-    def actor(self, low, high) -> Actor:
-        return Actor(self.policy, self.critics_target, self.sde, low, high, self.args)
+FORMAT = 2  # of the files below
+SAVE_EVERY = 600  # seconds between two checkpoints at the most
+LOG_EVERY = 100  # updates between two readings of the losses
+SPEAK_EVERY = 300  # seconds between two lines in a log file
+COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "success", "length", *METRICS, "seconds"
 
 
-METRICS = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
+def run_folder(args: Args) -> Path:
+    name = args.env or args.dataset or "toy"
+    return Path(args.run_dir or f"runs/{name.replace('/', '-')}__{args.variant}__{args.seed}")
 
 
-def update(agent: Agent, batch: Batch, noise: Noise):
-    """One iteration of Algorithm 1, in place. Returns the METRICS (6,) without waiting for the device."""
-    args, sde, (B, S) = agent.args, agent.sde, batch.state.shape
-    sample_actions, critic_loss, policy_loss = agent.functions
-    # Ensemble-Q learning
-    C = noise.next_action.shape[1] // B
-    with torch.no_grad():
-        next_state = batch.next_state.expand(C, B, S).reshape(C * B, S)
-        next_action = sample_actions(agent.policy_ema, sde, next_state, noise.next_action, args.clip_denoised)
-    q_loss, q = critic_loss(agent.critics, agent.critics_target, batch, next_action.view(C, B, -1), args.pessimism)
-    descend(q_loss, agent.critics, agent.critic_optimizer, args.grad_norm)
-    # Diffusion policy learning, against the updated Q
-    q = q.detach()
-    pi_loss, l_diff, value, entropy = policy_loss(agent.policy, agent.critics, sde, batch, noise, q, args)
-    descend(pi_loss, agent.policy, agent.policy_optimizer, args.grad_norm)
-    # Target networks
-    due = (agent.updates >= POLICY_EMA_START) & (agent.updates % POLICY_EMA_EVERY == 0)
-    move(agent.policy_ema, agent.policy, due.double() * POLICY_EMA_RATE)
-    move(agent.critics_target, agent.critics, TARGET_RATE)
-    agent.updates += 1
-    return torch.stack([q_loss.detach(), pi_loss.detach(), l_diff, q.mean(), value, entropy])
-
-
-def descend(loss, module: nn.Module, optimizer, grad_norm: float):
-    """One optimiser step on `loss`, the gradient of all of `module` clipped as one vector."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(module.parameters(), grad_norm)
-    optimizer.step()
-
-
-@torch.no_grad()
-def move(target: nn.Module, source: nn.Module, rate):
-    """target <- target + rate (source - target), parameter by parameter. rate is a float or a tensor of no axes."""
-    for old, new in zip(target.parameters(), source.parameters()):
-        old.lerp_(new, rate if isinstance(rate, float) else rate.to(old.dtype))
-
-
-def empty_noise(args: Args, action_dim: int, device) -> Noise:
-    """The buffers that `draw` fills."""
-    B, T, C = args.batch_size, args.num_diffusion_steps, BACKUP_CANDIDATES if args.max_q_backup else 1
-    rows, t = torch.empty(2, B, dtype=torch.int64, device=device)
-    eps, a_T = torch.empty(2, B, action_dim, device=device)
-    return Noise(rows, t, eps, a_T, torch.empty(T, C * B, action_dim, device=device))
-
-
-def draw(noise: Noise, num_rows: int, generator: torch.Generator):
-    """Fills the buffers with fresh values, in place, so that a captured update reads them too."""
-    noise.rows.random_(0, num_rows, generator=generator)
-    noise.t.random_(1, len(noise.next_action) + 1, generator=generator)
-    for gaussian in (noise.eps, noise.a_T, noise.next_action):
-        gaussian.normal_(generator=generator)
+def load_file(path: Path, device="cpu") -> dict:
+    """What a policy.pt or checkpoint.pt of this version holds. Raises UserError where it is not a whole one."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check --run-dir or --checkpoint")
+    with refusing(f"{path} is not a whole policy or checkpoint of this program", "give another file"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        if saved.get("format") != FORMAT:
+            raise UserError(f"{path} was made by another version of this program, which can read it")
+        saved["args"] = Args(**saved["args"])
+        return saved
 
 
 class Captured:
@@ -994,250 +1189,427 @@ class Captured:
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C fills, to be looked at between two updates; a second Ctrl-C ends the program."""
-    stops, previous = [], signal.getsignal(signal.SIGINT)
+    """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between two updates; a second one ends the program."""
+    stops, previous = [], {}
 
-    def stop(*_):
-        stops.append(True)
-        signal.signal(signal.SIGINT, previous)
+    def stop(number, _):
+        stops.append(number)
+        signal.signal(number, previous[number])
 
-    signal.signal(signal.SIGINT, stop)
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, stop)
     try:
         yield stops
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-# Settings that a resumed run may change, as they do not change what it learns.
-FREE = {"num_steps", "device", "compile", "precision", "run_dir", "resume", "checkpoint", "eval_only"}
-FREE |= {"eval_every", "eval_episodes", "eval_candidates"}
+class Run:
+    """A run of Algorithm 1: the agent, how far it is, and what it leaves in its folder.
 
+    `rows` are the lines of metrics.csv, one an evaluation; `latest` and `totals` the METRICS of the last update and
+    summed since the last evaluation. A file is there as a whole or not at all.
+    """
 
-class RunFolder:
-    """A run's own folder. `rows` are the lines of metrics.csv, one an evaluation. Files are replaced as a whole."""
+    def __init__(self, args: Args, folder: Path, task: Task, data: Batch):
+        self.args, self.folder, self.task, self.data = args, folder, task, data
+        action_dim, device = data.action.shape[1], args.device
+        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim)
+        self.about["checksum"] = zlib.crc32(b"".join(column.cpu().numpy().tobytes() for column in data))
+        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+        torch.manual_seed(args.seed)
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        self.agent = Agent(task.state_dim, action_dim, args, device)
+        self.actor = Actor(self.agent, layout(task.space), task.low, task.high)
+        self.noise = noise_buffers(args, action_dim, device)
+        self.latest = torch.zeros(len(METRICS), device=device)
+        self.totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)  # the last: of so many updates
+        self.step, self.rows, self.began = 0, [], time.monotonic()
 
-    COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "success", "length", *METRICS, "seconds"
+    def learn(self):
+        """One update, all of it on the device."""
+        batch = Batch(*(column[self.noise.rows] for column in self.data))
+        measured = update(self.agent, batch, self.noise)
+        self.latest.copy_(torch.stack([measured[name] for name in METRICS]))
+        self.totals[:-1] += self.latest
+        self.totals[-1] += 1
 
-    def __init__(self, args: Args):
-        self.args, self.rows = args, []
-        self.path = Path(args.run_dir or f"runs/{args.env.replace('/', '-')}__{args.variant}__{args.seed}")
+    def header(self) -> dict:
+        """What a policy needs beside its weights to be evaluated without the data."""
+        spec, actor = self.task.spec, self.actor
+        return dict(
+            format=FORMAT,
+            args=dataclasses.asdict(self.args),
+            about=self.about,
+            dataset_id=self.task.dataset_id,
+            spec=spec.to_json() if isinstance(spec.entry_point, str) else None,
+            refs=(self.task.ref_min, self.task.ref_max),
+            layout=actor.layout,
+            low=actor.low.tolist(),
+            high=actor.high.tolist(),
+        )
 
-    def replace(self, name: str, write: Callable[[Path], None]):
-        part = self.path / f".part-{name}"
-        write(part)
-        part.replace(self.path / name)
+    def save(self):
+        """The checkpoint: all that the rest of the run depends on."""
+        self.saved = time.monotonic()
+        state = self.header() | dict(
+            step=self.step,
+            seconds=self.saved - self.began,
+            rows=self.rows,
+            totals=self.totals,
+            generator=self.generator.get_state(),
+            agent=self.agent.state_dict(),
+        )
+        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    def restore(self):
+        """Takes up the checkpoint. Raises UserError where it is damaged, or of other data than these."""
+        path = self.folder / "checkpoint.pt"
+        saved = load_file(path)
+        with refusing(f"{path} is damaged", "start anew with another --run-dir"):
+            if saved["about"] != self.about:
+                raise UserError(f"{path} belongs to the data {saved['about']}, not to {self.about}: give those")
+            self.agent.load_state_dict(saved["agent"])
+            self.totals.copy_(saved["totals"])
+            self.step, self.began = int(saved["step"]), self.began - float(saved["seconds"])
+            self.rows = [{name: row[name] for name in COLUMNS} for row in saved["rows"]]
+            if torch.device(saved["args"].device).type == torch.device(self.args.device).type:
+                self.generator.set_state(saved["generator"])
+            else:  # the two kinds of device have different generators
+                self.generator.manual_seed(self.args.seed + self.step)
+
+    def save_policy(self, name: str):
+        parts = {part: getattr(self.agent, part).state_dict() for part in ("policy", "critics_target")}
+        write_whole(self.folder / name, lambda file: torch.save(self.header() | dict(agent=parts), file))
 
     def write_json(self, name: str, content: dict):
-        self.replace(name, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self.folder / name, lambda file: file.write(text.encode()))
 
-    def load_checkpoint(self) -> dict:
-        path = self.path / "checkpoint.pt"
-        if not os.path.exists(path):
-            raise UserError(f"there is no checkpoint {path}: check --run-dir, or start without --resume")
-        with refusing(f"{path} is damaged", "start anew with another --run-dir"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, self.rows, step = dict(saved["args"]), saved["rows"], saved["step"]
-        for name, ours in dataclasses.asdict(self.args).items():
-            if name not in FREE and theirs.get(name) != ours:
-                made = f"--{name.replace('_', '-')} {theirs.get(name)}"
-                raise UserError(f"{path} was made with {made}, not {ours}: give the same, or another --run-dir")
-        if step > self.args.num_steps and not (self.path / "result.json").exists():
-            raise UserError(f"{path} is at update {step} already, past --num-steps {self.args.num_steps}")
-        return saved
+    def write_config(self):
+        """config.json, and on the screen what is learned from and where."""
+        task, returns, here = self.task, self.task.returns, machine(self.args.device)
+        data = dict(episodes=len(returns), data_return=float(returns.mean()))
+        data["data_score"] = float(task.score(returns.mean()))
+        known = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id) | self.about
+        self.write_json("config.json", known | data | here)
+        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}, whose episodes")
+        say("  return {data_return:.2f}, a score of {data_score:.1f}".format(**data))
+        say(f"{self.args.variant} variant on {here['device_name']}, into {self.folder}")
 
-    def create(self, about: dict):
-        with refusing(f"{self.path} cannot be written", "give another --run-dir"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", dataclasses.asdict(self.args) | about)
-            (self.path / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+    def log(self, values: dict):
+        """Values for TensorBoard, which must never cost a run."""
+        with contextlib.suppress(OSError):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.step)
+            self.writer.flush()
 
-    def add(self, row: dict):
-        def write(path):
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, self.COLUMNS)
-                writer.writeheader()
-                writer.writerows(self.rows)
+    def check(self, bar):
+        """Reads the losses, the only wait for the device, and shows them. Raises FloatingPointError at a NaN."""
+        losses = dict(zip(METRICS, self.latest.tolist()))
+        numbers = self.totals, *self.agent.policy.parameters(), *self.agent.critics.parameters()
+        if not all(x.isfinite().all() for x in numbers):
+            good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint"
+            raise FloatingPointError(f"a loss is NaN or infinite at or just before update {self.step}: {good}")
+        self.log({f"losses/{name}": value for name, value in losses.items()})
+        words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
+        bar.set_postfix_str(words)
+        rate = LOG_EVERY / (time.monotonic() - self.tick)
+        if self.step == self.first + 2 * LOG_EVERY:  # not from `first`: the first updates may compile
+            say(f"{rate:.1f} updates a second: {self.to_go(rate)} to go, evaluations included")
+        elif bar.disable and time.monotonic() - self.spoke > SPEAK_EVERY:
+            say(f"update {self.step}: {words}; {self.to_go(rate)} to go")
+            self.spoke = time.monotonic()
 
-        self.rows.append(row)
-        self.replace("metrics.csv", write)
+    def to_go(self, rate: float) -> str:
+        """The time to the run's end, evaluations included: the last one's or, before it, a guess from one action."""
+        args = self.args
+        if self.evaluating is None:
+            began, envs = time.monotonic(), self.envs.num_envs
+            self.actor(np.zeros((envs, self.task.state_dim)))
+            steps = math.ceil(args.eval_episodes / envs) * self.task.spec.max_episode_steps
+            self.evaluating = steps * (time.monotonic() - began)
+        evaluations = math.ceil(args.num_steps / args.eval_every) - self.step // args.eval_every
+        return tqdm.format_interval((args.num_steps - self.step) / rate + evaluations * self.evaluating)
 
-    def finish(self, step: int):
-        best, final = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]["score_mean"]
-        self.write_json("result.json", dict(final=final, best=best["score_mean"], best_step=best["step"], steps=step))
-        print(f"final score {final:.1f}, best {best['score_mean']:.1f} at update {best['step']}; see {self.path}")
+    def evaluate(self, stops):
+        """Evaluates the policy and keeps what comes out, first of all in the checkpoint; nothing if it is stopped."""
+        began = time.monotonic()
+        result = evaluate(self.actor, self.envs, self.args.eval_episodes, self.args.seed, lambda: stops)
+        if result is None:
+            return
+        self.evaluating = time.monotonic() - began
+        measured = summary(self.task, result)
+        means = (self.totals[:-1] / self.totals[-1]).tolist()
+        row = dict(step=self.step) | measured | dict(zip(METRICS, means))
+        self.rows.append(row | dict(seconds=round(time.monotonic() - self.began, 1)))
+        self.totals.zero_()
+        self.log(dict(score=measured["score_mean"]))
+        self.save()
+        write_whole(self.folder / "metrics.csv", lambda file: file.write(as_csv(self.rows)))
+        self.save_policy("policy.pt")
+        if measured["score_mean"] == max(row["score_mean"] for row in self.rows):
+            self.save_policy("policy-best.pt")
+        say(f"update {self.step}: {in_words(measured)}")
+
+    def loop(self, envs) -> int:
+        """Updates and evaluations to the end. Returns the exit status: 0, or 128 and the number of a signal."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        args, self.envs, self.first, self.evaluating = self.args, envs, self.step, None
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        self.saved = self.spoke = self.tick = time.monotonic()
+        learn = Captured(self.learn) if args.device.startswith("cuda") else self.learn
+        if args.compile:
+            say("compiling, which takes half a minute or more")
+        bar = tqdm(total=args.num_steps, initial=self.step, unit="update", disable=None)
+        with contextlib.closing(self.writer), bar, interruptible() as stops:
+            while True:
+                at_end = self.step == args.num_steps
+                due = self.step > 0 and (at_end or self.step % args.eval_every == 0)
+                due = due and not (self.rows and self.rows[-1]["step"] == self.step)
+                if self.step > self.first and (due or stops or self.step % LOG_EVERY == 0):
+                    self.check(bar)
+                    if stops or time.monotonic() - self.saved > SAVE_EVERY:
+                        self.save()
+                    self.tick = time.monotonic()
+                if due and not stops:
+                    self.evaluate(stops)
+                    self.tick = time.monotonic()
+                if stops:
+                    self.save()
+                    say(f"stopped at update {self.step}: --resume goes on from there")
+                    return 128 + stops[0]
+                if at_end:
+                    return 0
+                sample_noise(self.noise, len(self.data.reward), self.generator)
+                learn()
+                self.step += 1
+                bar.update()
+
+    def finish(self):
+        write_whole(self.folder / "curve.png", lambda file: draw_curve(file, self))
+        best, last = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]
+        scores = dict(final=last["score_mean"], best=best["score_mean"], best_step=best["step"], steps=self.step)
+        self.write_json("result.json", scores)
+        say("final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores) + f"; see {self.folder}")
+
+
+def as_csv(rows: list[dict]) -> bytes:
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode()
 
 
 def train(args: Args) -> int:
-    """Algorithm 1, and what a run leaves. Returns the exit status: 0, 1 if a loss diverged, 130 after Ctrl-C."""
-    folder = RunFolder(args)
-    saved = folder.load_checkpoint() if args.resume else None
-    if saved is None and os.path.exists(folder.path):
-        raise UserError(f"the run folder {folder.path} exists: --resume goes on with it, --run-dir names another")
-    if saved and (folder.path / "result.json").exists() and saved["step"] >= args.num_steps:
-        print(f"{folder.path} is finished, with {saved['step']} updates")
+    """A run, from its start or its checkpoint to its end. Returns the exit status."""
+    folder, steps = run_folder(args), 0
+    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not args.resume and not all(name[0] == "." or name == "config.json" for name in left):
+        raise UserError(f"the run folder {folder} exists: --resume goes on with it, --run-dir names another")
+    if "result.json" in left:
+        with refusing(f"{folder / 'result.json'} is damaged", "move it away, then --resume"):
+            steps = int(json.loads((folder / "result.json").read_text())["steps"])
+    if steps >= args.num_steps:
+        say(f"{folder} is finished, with {steps} updates")
         return 0
-    with quiet():
-        from torch.utils.tensorboard import SummaryWriter
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     task = open_task(args)
     data = load_data(task, args)
-    (size, state_dim), action_dim = data.state.shape, data.action.shape[1]
-    about = dict(dataset_id=task.dataset_id, transitions=size, state_dim=state_dim, action_dim=action_dim)
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    agent = Agent(state_dim, action_dim, args, args.device)
-    latest = torch.zeros(len(METRICS), device=args.device)
-    totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=args.device)  # since the last evaluation; count
-    step, seconds = 0, 0.0
-    if saved:
-        if saved["about"] != about:
-            raise UserError(f"{folder.path}/checkpoint.pt belongs to {saved['about']}, not to {about}")
-        agent.load_state_dict(saved["agent"])
-        totals.copy_(saved["totals"])
-        step, seconds = saved["step"], saved["seconds"]
-        if torch.device(saved["args"]["device"]).type == torch.device(args.device).type:
-            generator.set_state(saved["generator"])
-        else:  # the two kinds of device have different generators
-            generator.manual_seed(args.seed + step)
-    here = machine(args.device)
-    folder.create(about | here)
-    noise, envs = empty_noise(args, action_dim, args.device), make_envs(task, args.eval_episodes)
-    header = dict(args=dataclasses.asdict(args), about=about, low=task.low.tolist(), high=task.high.tolist())
-    actor = agent.actor(task.low, task.high)
-    writer, first, began = SummaryWriter(str(folder.path), purge_step=step), step, time.monotonic() - seconds
-    print(f"{args.env}: {size} transitions of {task.dataset_id}, {args.variant} variant", end=", ")
-    print(f"on {here['device_name']}, into {folder.path}")
-
-    def learn():
-        latest.copy_(update(agent, Batch(*(column[noise.rows] for column in data)), noise))
-        totals.add_(F.pad(latest, (0, 1), value=1.0))
-
-    def save():
-        progress = dict(step=step, seconds=time.monotonic() - began, rows=folder.rows, totals=totals)
-        content = header | progress | dict(generator=generator.get_state(), agent=agent.state_dict())
-        folder.replace("checkpoint.pt", lambda path: torch.save(content, path))
-
-    if not saved:
-        save()  # from here on, --resume works whenever the run is cut off
-    if args.device.startswith("cuda"):
-        learn = Captured(learn)
-    bar = tqdm(total=args.num_steps, initial=step, unit="update", disable=None)
-    with contextlib.closing(envs), contextlib.closing(writer), bar, interruptible() as stops:
-        while True:
-            due = step > 0 and (step % args.eval_every == 0 or step == args.num_steps)
-            due = due and not (folder.rows and folder.rows[-1]["step"] == step)
-            if step > first and (due or stops or step % LOG_EVERY == 0):
-                losses = dict(zip(METRICS, latest.tolist()))  # only here does the loop wait for the device
-                numbers = totals, *agent.policy.parameters(), *agent.critics.parameters()
-                if not all(x.isfinite().all() for x in numbers):
-                    good = f"{folder.path / 'checkpoint.pt'} is the last good checkpoint"
-                    print(f"erdp: a loss is NaN or infinite at or just before update {step}: {good}", file=sys.stderr)
-                    return 1
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", value, step)
-                bar.set_postfix(losses)
-            if step == first + LOG_EVERY:  # not from `first`: the first updates may compile
-                mark = time.monotonic()
-            if step == first + 2 * LOG_EVERY:
-                rate = LOG_EVERY / (time.monotonic() - mark)
-                left = tqdm.format_interval((args.num_steps - step) / rate)
-                bar.write(f"{rate:.1f} updates a second: {left} to go, evaluations not counted")
-            if due and (result := evaluate(actor, envs, args.eval_episodes, args.seed, lambda: stops)):
-                row = dict(step=step) | summary(task, result) | dict(zip(METRICS, (totals[:-1] / totals[-1]).tolist()))
-                folder.add(row | dict(seconds=round(time.monotonic() - began, 1)))
-                writer.add_scalar("score", row["score_mean"], step)
-                bar.write(f"update {step}: {in_words(row)}")
-                totals.zero_()
-                save()
-            if stops:
-                save()
-                print(f"stopped at update {step}: --resume goes on from there")
-                return 130
-            if step == args.num_steps:
-                break
-            draw(noise, size, generator)
-            learn()
-            step += 1
-            bar.update()
-    trained = dict(policy=agent.policy.state_dict(), critics_target=agent.critics_target.state_dict())
-    folder.replace("policy.pt", lambda path: torch.save(header | dict(agent=trained), path))
-    folder.replace("curve.png", lambda path: draw_curve(path, folder.rows, agent, data))
-    folder.finish(step)
+    with refusing(f"{folder} cannot be written", "give another --run-dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock"):
+        run = Run(args, folder, task, data)
+        if "checkpoint.pt" in left:
+            run.restore()
+        if run.step > args.num_steps:
+            raise UserError(f"{folder} is at update {run.step} already, past --num-steps {args.num_steps}")
+        run.write_config()
+        (folder / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+        if run.step == 0:
+            run.save()  # from here on, --resume works whenever the run is cut off
+        with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
+            if status := run.loop(envs):
+                return status
+        run.finish()
     return 0
 
 
-def draw_curve(path: Path, rows: list[dict], agent: Agent, data: Batch):
+def draw_curve(file, run: Run):
     """A picture of score (for the toy, return) over updates; for the toy, the three panels of Figure 1."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    toy = agent.args.env == "toy"
-    measure = "return" if toy else "score"
+    args, task, toy = run.args, run.task, run.task.domain == "toy"
     figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
     curve = axes[0, 1] if toy else axes[0, 0]
-    steps, mean, std = np.array([[row[key] for row in rows] for key in ("step", f"{measure}_mean", f"{measure}_std")])
+    measure = "return" if toy else "score"
+    steps, mean, std = (
+        np.array([row[name] for row in run.rows]) for name in ("step", f"{measure}_mean", f"{measure}_std")
+    )
     curve.plot(steps, mean)
     curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
-    title = f"{agent.args.env}, seed {agent.args.seed}"
-    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=title)
+    level = task.returns.mean() if toy else task.score(task.returns.mean())
+    curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
+    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{args.env}, seed {args.seed}")
+    curve.legend()
     if toy:
-        x = np.linspace(-2, 2, 401)
-        axes[0, 0].plot(x, ToyEnv.reward(x))
-        axes[0, 0].set(xlabel="state", ylabel="reward", title="Reward and data")
-        density = axes[0, 0].twinx()
-        density.hist(data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
-        density.set(ylabel="density of the states in the data")
-        action = torch.linspace(-1, 1, 201)[:, None]
-        with torch.no_grad():
-            q = agent.critics(torch.zeros(201, 2).to(data.action), action.to(data.action)).cpu()  # (M, 201)
-        mean, std = q.mean(0), q.std(0, correction=0)
-        axes[0, 2].plot(action, mean, label="mean of the ensemble, ± deviation")
-        axes[0, 2].fill_between(action[:, 0], mean - std, mean + std, alpha=0.2)
-        axes[0, 2].plot(action, lcb(q, agent.args.lcb_coef), label=f"LCB, beta = {agent.args.lcb_coef:g}")
-        axes[0, 2].set(xlabel="first action", title="Q at state 0")
-        axes[0, 2].legend()
+        draw_toy(axes[0, 0], axes[0, 2], run)
     figure.tight_layout()
-    figure.savefig(path, format="png")
+    figure.savefig(file, format="png")
     plt.close(figure)
+
+
+def draw_toy(left, right, run: Run):
+    """Figure 1's outer panels: the reward and the density of the data, and the learned Q at the start."""
+    x = np.linspace(-2, 2, 401)
+    left.plot(x, ToyEnv.reward(x))
+    left.set(xlabel="state", ylabel="reward", title="Reward and data")
+    density = left.twinx()
+    density.hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+    density.set(ylabel="density of the states in the data")
+    action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
+    with torch.no_grad():
+        q = run.agent.critics(torch.zeros(201, 2).to(action), action).cpu()  # (M, 201)
+    action, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
+    right.plot(action, mean, label="mean of the ensemble, ± deviation")
+    right.fill_between(action, mean - std, mean + std, alpha=0.2)
+    right.plot(action, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
+    right.set(xlabel="first action", title="Q at state 0")
+    right.legend()
 
 
 def machine(device: str) -> dict:
     """What config.json says of the machine."""
     packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
-    cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["python"] = sys.version.split()[0]
+    name = f"CPU ({torch.get_num_threads()} threads)"
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     return dict(device_name=name, versions=versions)
 
 
-# ==== 9. The command line =============================================================================================
+# ==== 11. Trained policies, and the command line ======================================================================
 
-def parse(argv: list[str]) -> Args:
-    """Settings from the command line over the row's preset. Raises UserError where they make no sense."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the row decides the defaults of all the rest
-    first.add_argument("--env", nargs="?")
-    first.add_argument("--dataset", nargs="?")
-    known, _ = first.parse_known_args(argv)
+
+def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
+    """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
+    saved = load_file(Path(path), device)
+    with refusing(f"{path} is not a whole policy or checkpoint of this program", "give another file"):
+        args, about = saved["args"], saved["about"]
+        args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
+        agent = Agent(about["state_dim"], about["action_dim"], args, device)
+        for part in ("policy", "critics_target"):
+            getattr(agent, part).load_state_dict(saved["agent"][part])
+        actor = Actor(agent, saved["layout"], saved["low"], saved["high"])
+        actor(np.zeros(about["state_dim"]))  # what does not fit together shows here
+        return actor
+
+
+def evaluate_only(args: Args) -> int:
+    """--eval-only: the score of a saved policy in the environment that its file names."""
+    path = policy_file(args)
+    actor, saved = load_policy(path, args.device, args.eval_candidates), load_file(path)
+    row = ROWS.get(args.env)
+    if args.env != "toy":
+        register_robots()
+    with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
+        spec = row.env if row and row.env else gym.envs.registration.EnvSpec.from_json(saved["spec"])
+        task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, saved["refs"])
+    with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
+        result = evaluate(actor, envs, args.eval_episodes, args.seed)
+    say(f"{path}: {in_words(summary(task, result))}")
+    return 0
+
+
+def policy_file(args: Args) -> Path:
+    return Path(args.checkpoint or run_folder(args) / "policy.pt")
+
+
+# Settings that a resumed or evaluated run may change, as they do not change what it learns or learned.
+FREE = {"num_steps", "device", "compile", "precision", "run_dir", "resume", "checkpoint", "eval_only", "dataset"}
+FREE |= {"eval_env", "eval_every", "eval_episodes", "eval_candidates"}
+LEAST = dict(
+    seed=0,
+    num_steps=1,
+    batch_size=1,
+    hidden=1,
+    discount=0,
+    num_critics=1,
+    lcb_coef=0,
+    target_rate=0,
+    eta=0,
+    entropy_coef=0,
+    ema_rate=0,
+    ema_every=1,
+    ema_start=0,
+    eval_every=1,
+    eval_episodes=1,
+    eval_candidates=1,
+)
+POSITIVE = "lr", "critic_lr", "grad_norm"
+AT_MOST_ONE = "discount", "target_rate", "ema_rate"
+
+
+def read_words(argv: list[str], default: Args) -> Args:
+    """The settings of a command line. Raises UserError with tyro's sentence where it makes no sense of it."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            args = tyro.cli(Args, args=argv, default=preset(known.env or known.dataset or "toy"), prog="erdp.py")
+            return tyro.cli(Args, args=argv, default=default, prog="erdp.py")
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        boxes = re.split("[─-]{4,}", said.getvalue())  # tyro draws its sentence in a box, before one of advice
-        words = " ".join(re.sub("[│|╮+]", " ", boxes[1]).split())
-        raise UserError(f"{words.rstrip('.')}: --help shows the settings") from None
-    counts = "num_steps", "batch_size", "num_critics", "eval_every", "eval_episodes", "eval_candidates"
-    least = dict.fromkeys(counts, 1) | dict.fromkeys(("seed", "lcb_coef", "entropy_coef", "eta", "lr", "grad_norm"), 0)
-    least["num_diffusion_steps"] = 3 if args.variant == "released" else 2  # its entropy term uses the times 1, 2, T
-    for name, bound in least.items():
-        value, above = getattr(args, name), name in ("lr", "grad_norm")
-        if not bound <= value < math.inf or (above and value == bound):
-            flag, where = "--" + name.replace("_", "-"), " with --variant released" if bound == 3 else ""
-            raise UserError(f"{flag} is {value} but must be {'more than' if above else 'at least'} {bound}{where}")
+        words = " ".join(re.sub("[│╭╮╰╯─|+]|-{4,}", " ", said.getvalue()).split())
+        raise UserError(words or "the settings make no sense: --help shows them") from None
+
+
+def saved_settings(given: Args) -> Args | None:
+    """The settings of the run that --resume or --eval-only name, but for where it goes on; None for a new run."""
+    path = policy_file(given) if given.eval_only else run_folder(given) / "checkpoint.pt"
+    if given.resume and not path.exists():
+        if given.env or given.dataset:
+            return None
+        raise UserError(f"there is no checkpoint {path}: check --run-dir, or give --env to start")
+    saved = load_file(path)
+    args = dataclasses.replace(saved["args"], run_dir=given.run_dir, resume=False)
+    if not saved["dataset_id"].endswith((".hdf5", ".h5")):
+        args.dataset = saved["dataset_id"]  # with the version that it had
+    here = preset(args.env)
+    if args.device.startswith("cuda") and here.device == "cpu":
+        args.device, args.compile, args.precision = here.device, here.compile, here.precision
+    return args
+
+
+def parse(argv: list[str]) -> Args:
+    """Settings from the command line over the row's preset, or over those of the run that it goes on with.
+
+    Raises UserError where they make no sense, or would change what a run has learned.
+    """
+    given = read_words([word for word in argv if word not in ("-h", "--help")], Args(env=""))
+    default = saved_settings(given) if given.resume or given.eval_only else None
+    args = read_words(argv, default or preset(given.env or given.dataset or "toy"))
+    for name, value in dataclasses.asdict(args).items():
+        flag = "--" + name.replace("_", "-")
+        if default and name not in FREE and value != getattr(default, name) and (name, given.eval_only) != ("seed", True):
+            raise UserError(f"the run was made with {flag} {getattr(default, name)}, not {value}: give the same")
+        if name in LEAST and not LEAST[name] <= value < math.inf:
+            raise UserError(f"{flag} is {value} but must be at least {LEAST[name]}")
+        if name in POSITIVE and not 0 < value < math.inf:
+            raise UserError(f"{flag} is {value} but must be more than 0")
+        if name in AT_MOST_ONE and value > 1:
+            raise UserError(f"{flag} is {value} but must be at most 1")
+    steps = 3 if args.variant == "released" else 2  # the entropy term of `released` uses the times 1, 2, T
+    if args.num_diffusion_steps < steps:
+        raise UserError(f"--num-diffusion-steps is {args.num_diffusion_steps} but must be at least {steps} here")
     if args.seed >= 2**63:
         raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
@@ -1251,36 +1623,23 @@ def parse(argv: list[str]) -> Args:
     return args
 
 
-def evaluate_only(args: Args, candidates: int | None) -> int:
-    """--eval-only: the score of a saved policy, with the settings (None: also the candidates) of its training."""
-    path = Path(args.checkpoint or RunFolder(args).path / "policy.pt")
-    actor, task = load_policy(path, args.device, candidates), open_task(args)
-    if actor.args.env != args.env:
-        raise UserError(f"{path} was trained on {actor.args.env}, not on {args.env}: give --env {actor.args.env}")
-    sizes = task.state_dim, len(task.low)
-    if sizes != actor.sizes:
-        raise UserError(f"{path} is for states and actions of sizes {actor.sizes}, {task.dataset_id} has {sizes}")
-    with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
-        print(f"{path}: {in_words(summary(task, evaluate(actor, envs, args.eval_episodes, args.seed)))}")
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit status (`--help` raises SystemExit)."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(argv)
-        if not args.eval_only:
-            return train(args)
-        asked = any(re.match("--eval.candidates", word) for word in argv)
-        return evaluate_only(args, args.eval_candidates if asked else None)
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return evaluate_only(args) if args.eval_only else train(args)
     except UserError as error:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines
         return 2
+    except FloatingPointError as error:
+        print("erdp:", error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file is as far as the run is
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(line_buffering=True, errors="replace")  # a log file is as far as the run is
     sys.exit(main())
