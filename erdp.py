@@ -359,7 +359,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
         loss = l_diff - lambda_ * (value + bonus)
     else:
         lambda_ = args.eta / q.abs().mean().detach()
-        loss = l_diff - lambda_ * value - bonus / log_p.abs().mean().detach()
+        magnitude = log_p.abs().mean().detach() if args.entropy_coef else 1.0
+        loss = l_diff - lambda_ * value - bonus / magnitude
     measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy)
     return {"policy_loss": loss} | {name: term.detach() for name, term in measured.items()}
 
