@@ -245,14 +245,15 @@ class QEnsemble(nn.Module):
         """state (..., S), action (..., A) -> (M, ...). `frozen`: gradients reach the action but not the weights."""
         weights = [weight.detach() if frozen else weight for weight in self.weights]
         biases = [bias.detach() if frozen else bias for bias in self.biases]
-        x = torch.cat([state, action], -1).flatten(0, -2)  # (N, S + A), the same for all members
+        x = torch.cat([state, action], -1)
+        x = x.reshape(-1, x.shape[-1])  # (N, S + A), the same for all members
         h = torch.einsum("ni,mih->mnh", x, weights[0])  # (M, N, H)
         h = mish(h + biases[0])
         for weight, bias in zip(weights[1:-1], biases[1:-1]):
             product = (h.bfloat16() @ weight.bfloat16()).float() if self.bf16 else h @ weight
             h = mish(product + bias)  # (M, N, H)
         q = (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)  # (M, N): no product, so that Mish fuses with it
-        return q.unflatten(-1, action.shape[:-1])
+        return q.reshape(-1, *action.shape[:-1])
 
 
 # ==== 4. Sampling: Eq. 10 by Eq. 6 and 8 ==============================================================================
