@@ -57,7 +57,7 @@ class Args:
     env: str = "toy"  # toy, or a row of the paper's Tables 1 and 2, such as antmaze-umaze-v0
     seed: int = 0  # of initialisation, batches, noise and evaluation
     dataset: str | None = None  # a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data
-    variant: Literal["paper", "released"] = "paper"  # the paper's equations, or what its authors' code computes
+    variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_steps: int = 1_000_000  # updates in all
     batch_size: int = 256  # transitions an update
@@ -75,7 +75,8 @@ class Args:
     schedule: Schedule = "cosine"  # theta_t of Eq. 1 over t
     loss: Loss = "noise"  # Eq. 5; IR-SDE's likelihood loss (Table 4); or the latter without its Euler step, posterior
     eta: float = 1.0  # Q-learning weight of Eq. 12
-    entropy_coef: float = 0.01  # alpha of Eq. 12
+    q_time: int | None = None  # last diffusion time t whose a^0-hat Q sees in Eq. 12 (None: T, the paper)
+    entropy_coef: float = 0.01  # alpha of Eq. 12 (with --variant debruijn by default 0.03)
     clip_denoised: bool = True  # clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)
     lr: float = 3e-4  # learning rate of the policy
     grad_norm: float = 4.0  # at which the policy's and the whole ensemble's gradients are each clipped
@@ -95,6 +96,8 @@ class Args:
     checkpoint: str | None = None  # policy.pt or checkpoint.pt for --eval-only (default: the run folder's policy.pt)
 
 
+Variant = Literal["paper", "released", "debruijn"]
+
 # ==== 2. The mean-reverting SDE: Eq. 1-8, 14, 28 ======================================================================
 
 
@@ -113,6 +116,7 @@ SCHEDULES = {
     "vp": lambda k, T: 1 - np.exp(-0.1 / T - 4.95 * (2 * k - 1) / T**2),
 }
 Schedule = Literal[tuple(SCHEDULES)]
+GAUSSIAN_WITHIN = 0.01  # nats an action dimension
 
 
 class MeanRevertingSDE:
@@ -122,6 +126,10 @@ class MeanRevertingSDE:
     or (A,). Times tau and t are an int or an integer tensor (B,), which gives coefficients of shape (B, 1). Densities
     are summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` once, where they meet x.
     Ints other than 0 <= tau <= t <= T raise ValueError; tensors are not checked, as that would wait for the device.
+
+    last_time, at least 1, is the last t at which x_t is not yet standard Gaussian to within GAUSSIAN_WITHIN: of x_0 in
+    [-1, 1]^A, the KL divergence from it, and what the entropy lacks of its, are at most -1/2 log var_t a dimension, as
+    H(x_t) >= H(x_t | x_0). Beyond it x_t says next to nothing of x_0 (t = 1, 2 are left of the cosine schedule's 5).
     """
 
     def __init__(self, num_steps: int = 5, schedule: str = "cosine", dtype=torch.float32, device="cpu"):
@@ -132,7 +140,10 @@ class MeanRevertingSDE:
         self.num_steps, self.dtype = num_steps, dtype
         theta = SCHEDULES[schedule](np.arange(1, num_steps + 1), num_steps)
         theta_bar = np.cumsum([0, *theta])
-        self.theta_bar = torch.as_tensor(theta_bar / theta_bar[-1] * -math.log(1e-3), device=device)  # float64
+        theta_bar *= -math.log(1e-3) / theta_bar[-1]
+        lacking = -0.5 * np.log(-np.expm1(-2 * theta_bar[1:]))  # nats a dimension at t = 1..T
+        self.last_time = max(1, int((lacking >= GAUSSIAN_WITHIN).sum()))
+        self.theta_bar = torch.as_tensor(theta_bar, device=device)  # float64
 
     def between(self, tau, t):
         """theta_bar_{tau:t}, the integral of theta from tau to t; theta'_t where tau = t - 1. In float64."""
@@ -339,29 +350,70 @@ def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
     return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
 
 
+def entropy_weights(sde):
+    """w_t = theta'_t / var_t (T,) for t = 1..T, and 0 after sde.last_time; the sum of w_t var_t is theta_bar there.
+
+    Later times add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions, as 1 <=
+    E||E[eps | x_t]||^2 / (A var_t) <= 1 / var_t. But they have most of the weight, and Eq. 8 multiplies errors there by
+    up to 1,000.
+    """
+    t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
+    weight = sde.between(t - 1, t) / sde.var(0, t) * (t <= sde.last_time)[:, None]  # (T, 1)
+    return weight[:, 0].to(sde.dtype)
+
+
+def entropy_estimate(sde, eps_hat, t):
+    """H-hat (B,) in nats from the predicted noise eps_hat (B, A) at one diffusion time a row, t (B,) uniform on 1..T.
+
+    De Bruijn's identity for Eq. 1, dH(x_s)/ds = E||grad log p_s||^2 - A over s = theta_bar, with the score
+    -E[eps | x_s] / std_s and a Gaussian end, on the grid: A/2 log(2 pi e) - sum_t w_t (||eps_hat||^2 - var_t A). A row
+    has the term of its t times T, so that the mean over t is the sum.
+
+    It is taken at noised *data* actions. With the exact predictor of the data it is the data's conditional entropy (on
+    a coarse grid too large). With that of a policy q which has moved away from the data p it is not q's entropy but
+    2 H(q) - CE(p, q), exact for Gaussians: it also pulls q back to the data, and at q = p its gradient is twice H(q)'s.
+    """
+    A = eps_hat.shape[-1]
+    _, var = sde.transition(0, t)  # (B, 1)
+    weight = sde.num_steps * entropy_weights(sde)[t - 1]  # (B,)
+    return A / 2 * math.log(2 * math.pi * math.e) - weight * (eps_hat**2 - var).sum(-1)
+
+
 def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args) -> dict:
     """Eq. 15, with L_diff of `args.loss`: the "policy_loss", and its "diffusion_loss", "lcb" and "entropy" (-log p).
 
+    Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
+
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. q_data (M, B), for the lambda of variant "paper", is Q(s, a) of the batch as this step's `critic_loss`
-    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
+    where it is. Eq. 8 multiplies an error of the predicted noise by up to 1,000: after `q_time`, Q does not see it at
+    all. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss` gave it, before the Q update:
+    that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
     l_diff = LOSSES[args.loss](sde, batch.action, x_t, noise.t, noise.eps, eps_hat)
     a_0 = sde.predict_x0(x_t, noise.t, eps_hat)  # Eq. 8
-    log_p = policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
-    entropy = -log_p.mean()
-    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
-    value = pessimistic_value(q, args).mean()
-    bonus = args.entropy_coef * entropy if args.entropy_coef else 0.0
-    if args.variant == "paper":
-        lambda_ = args.eta / pessimistic_value(q_data, args).abs().mean().detach()  # eta / E|Q(s, a)|
-        loss = l_diff - lambda_ * (value + bonus)
+    if args.variant == "debruijn":
+        entropy = entropy_estimate(sde, eps_hat, noise.t)  # (B,)
     else:
-        lambda_ = args.eta / q.abs().mean().detach()
-        loss = l_diff - lambda_ * value - bonus / log_p.abs().mean().detach()
-    measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy)
+        entropy = -policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
+    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
+    seen = noise.t <= (args.q_time or sde.num_steps)  # (B,)
+    count = seen.sum().clamp(min=1)
+    value = (pessimistic_value(q, args) * seen).sum() / count
+    if args.variant == "released":
+        magnitude = (q.abs().mean(0) * seen).sum() / count
+        weight = 1 / entropy.abs().mean().detach()
+    else:
+        magnitude = pessimistic_value(q_data, args).abs().mean()
+        weight = 1 / eps_hat.shape[-1]  # nats an action dimension, over which L_diff is a mean too
+    lambda_ = args.eta / magnitude.detach()  # eta / E|Q(s, a)|
+    if args.variant == "paper":
+        weight = lambda_  # alpha stands inside the bracket of Eq. 12
+    loss = l_diff - lambda_ * value
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * weight * entropy.mean()
+    measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy.mean())
     return {"policy_loss": loss} | {name: term.detach() for name, term in measured.items()}
 
 
@@ -684,9 +736,11 @@ def domain_of(env: str) -> str:
     return ROWS[env].domain if env in ROWS else "own"
 
 
-def preset(env: str) -> Args:
+def preset(env: str, variant: str = "paper") -> Args:
     """The paper's settings for `env`, on this machine's device."""
     args = Args(env=env, **DOMAINS[domain_of(env)].settings)
+    if variant == "debruijn":
+        args.entropy_coef = 0.03  # nats an action dimension: see results/entropy.md
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
     if torch.cuda.is_available():
@@ -1603,7 +1657,7 @@ def parse(argv: list[str]) -> Args:
     """
     given = read_words([word for word in argv if word not in ("-h", "--help")], Args(env=""))
     default = saved_settings(given) if given.resume or given.eval_only else None
-    args = read_words(argv, default or preset(given.env or given.dataset or "toy"))
+    args = read_words(argv, default or preset(given.env or given.dataset or "toy", given.variant))
     free = (FREE | {"seed"} if given.eval_only else FREE) if default else vars(args)
     for name, value in dataclasses.asdict(args).items():
         flag = "--" + name.replace("_", "-")
@@ -1618,6 +1672,11 @@ def parse(argv: list[str]) -> Args:
     steps = 3 if args.variant == "released" else 2  # the entropy term of `released` uses the times 1, 2, T
     if args.num_diffusion_steps < steps:
         raise UserError(f"--num-diffusion-steps is {args.num_diffusion_steps} but must be at least {steps} here")
+    if args.variant == "debruijn" and args.loss == "likelihood":
+        problem = "--loss likelihood does not go with --variant debruijn"
+        raise UserError(f"{problem}, which needs E[eps | x_t]: give --loss noise or --loss posterior")
+    if args.q_time is not None and not 1 <= args.q_time <= args.num_diffusion_steps:
+        raise UserError(f"--q-time is {args.q_time} but must be a diffusion time, 1 to {args.num_diffusion_steps}")
     if args.seed >= 2**63:
         raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
