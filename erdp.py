@@ -116,7 +116,7 @@ SCHEDULES = {
     "vp": lambda k, T: 1 - np.exp(-0.1 / T - 4.95 * (2 * k - 1) / T**2),
 }
 Schedule = Literal[tuple(SCHEDULES)]
-GAUSSIAN_WITHIN = 0.01  # nats an action dimension
+GAUSSIAN_WITHIN = 0.01  # nats an action dimension: nearer to a standard Gaussian, x_t counts as one
 
 
 class MeanRevertingSDE:
@@ -348,6 +348,9 @@ def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
         return sde.log_prob_x1(sde.diffuse(a_0, 1, eps_hat), a_T, a_0)
     T, a_1 = sde.num_steps, (1 - sde.between(0, 1)).to(sde.dtype) * a_0
     return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
+
+
+DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action dimension: see results/entropy.md
 
 
 def entropy_weights(sde):
@@ -740,7 +743,7 @@ def preset(env: str, variant: str = "paper") -> Args:
     """The paper's settings for `env`, on this machine's device."""
     args = Args(env=env, **DOMAINS[domain_of(env)].settings)
     if variant == "debruijn":
-        args.entropy_coef = 0.03  # nats an action dimension: see results/entropy.md
+        args.entropy_coef = DEBRUIJN_ALPHA
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
     if torch.cuda.is_available():
