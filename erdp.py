@@ -1224,7 +1224,7 @@ def load_file(path: Path, device="cpu") -> dict:
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError(f"{path} was made by another version of this program, which can read it")
-        saved["args"] = Args(**saved["args"])
+        saved["args"], saved["dataset_id"] = Args(**saved["args"]), str(saved["dataset_id"])
         return saved
 
 
