@@ -952,17 +952,18 @@ def open_hdf5(source: str, download: bool) -> Path:
         return path
     path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / source
     url = D4RL_SERVER + source
+    failed = f"{url} cannot be downloaded", f"fetch it later and save it as {path}"
 
     def fetch(file):
         say(f"downloading {url}")
-        with urllib.request.urlopen(url, timeout=PATIENCE) as reply:
+        with refusing(*failed), urllib.request.urlopen(url, timeout=PATIENCE) as reply:
             size = int(reply.headers["Content-Length"])
             with tqdm.wrapattr(reply, "read", total=size, desc=source, disable=None) as body:
                 shutil.copyfileobj(body, file)
-        if file.tell() != size:
-            raise OSError(f"{file.tell()} of {size} bytes came")
+            if file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes came")
 
-    with refusing(f"{url} cannot be downloaded", f"fetch it later and save it as {path}"):
+    with refusing(*failed):
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_name(f".{source}.lock"), f"waiting for another process that fetches {path}"):
             if not path.exists():
