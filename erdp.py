@@ -406,7 +406,7 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     count = seen.sum().clamp(min=1)
     value = (pessimistic_value(q, args) * seen).sum() / count
     if args.variant == "released":
-        magnitude = (q.abs().mean(0) * seen).sum() / count
+        magnitude = ((q.abs().mean(0) * seen).sum() / count).masked_fill(~seen.any(), 1)
         weight = 1 / entropy.abs().mean().detach()
     else:
         magnitude = pessimistic_value(q_data, args).abs().mean()
