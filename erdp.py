@@ -722,7 +722,8 @@ ROBOTS = {
     "hopper": ("Hopper-v4", 1000, -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1000, 1.629008, 4592.3),
 }
-ROWS = {"toy": Row("toy", "toy-20", gym.envs.registration.EnvSpec("Toy-v0", ToyEnv), 2, 0.0, ToyEnv.best_return())}
+TOY = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv, max_episode_steps=2)
+ROWS = {"toy": Row("toy", "toy-20", TOY, 2, 0.0, ToyEnv.best_return())}
 for level in ("medium", "medium-replay", "medium-expert"):
     for robot, rule in ROBOTS.items():
         ROWS[f"{robot}-{level}-v2"] = Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *rule)
@@ -870,8 +871,8 @@ def register_robots():
 
 def find_env(name: str):
     """The specification of --eval-env: an id that Gymnasium knows or, in a module, `module:id` or `module:Class`."""
+    module, _, inner = name.rpartition(":")
     with refusing(f"--eval-env {name} is not there", "give an id, or module:Class with the module in this folder"):
-        module, _, inner = name.rpartition(":")
         if module and hasattr(importlib.import_module(module), inner):
             return gym.envs.registration.EnvSpec(f"{inner}-v0", entry_point=name)
         return gym.spec(inner)
@@ -918,13 +919,13 @@ def open_minari(dataset_id: str):
             if found := newest(installed):
                 return minari.load_dataset(found)
         say(f"looking for {dataset_id} on Minari's server")
-        with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`, or copy it to {folder}"):
-            with quiet(), ThreadPool(1) as pool:  # Minari itself would wait for ever
+        there = f"{folder} has {', '.join(installed) or 'no set'}"
+        with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`; {there}"), quiet():
+            with ThreadPool(1) as pool:  # Minari itself would wait for ever
                 remote = pool.apply_async(minari.list_remote_datasets, kwds=dict(compatible_minari_version=True))
                 found = newest(remote.get(PATIENCE))
             if found is None:
-                there = ", ".join(installed) or "none"
-                raise UserError(f"{dataset_id} is neither on the server nor in {folder}, whose sets are: {there}")
+                raise LookupError("the server does not have it")
             fetch_minari(found, folder)
             return minari.load_dataset(found)
 
@@ -1213,8 +1214,12 @@ COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "succe
 
 
 def run_folder(args: Args) -> Path:
-    name = args.env or args.dataset or "toy"
-    return Path(args.run_dir or f"runs/{name.replace('/', '-')}__{args.variant}__{args.seed}")
+    name = (args.env or args.dataset or "toy").replace("/", "-")
+    return Path(args.run_dir or f"runs/{name}__{args.variant}__{args.seed}").expanduser()
+
+
+def policy_file(args: Args) -> Path:
+    return Path(args.checkpoint or run_folder(args) / "policy.pt").expanduser()
 
 
 def load_file(path: Path, device="cpu") -> dict:
@@ -1282,8 +1287,10 @@ class Run:
     def __init__(self, args: Args, folder: Path, task: Task, data: Batch):
         self.args, self.folder, self.task, self.data = args, folder, task, data
         action_dim, device = data.action.shape[1], args.device
-        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim)
-        self.about["checksum"] = zlib.crc32(b"".join(column.cpu().numpy().tobytes() for column in data))
+        checksum = 0
+        for column in data:
+            checksum = zlib.crc32(column.cpu().numpy(), checksum)
+        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim, data=checksum)
         torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
@@ -1354,16 +1361,23 @@ class Run:
         text = json.dumps(content, indent=1) + "\n"
         write_whole(self.folder / name, lambda file: file.write(text.encode()))
 
+    def write_table(self):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+
     def write_config(self):
         """config.json, and on the screen what is learned from and where."""
-        task, returns, here = self.task, self.task.returns, machine(self.args.device)
-        data = dict(episodes=len(returns), data_return=float(returns.mean()))
-        data["data_score"] = float(task.score(returns.mean()))
-        known = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id) | self.about
-        self.write_json("config.json", known | data | here)
-        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}, whose episodes")
-        say("  return {data_return:.2f}, a score of {data_score:.1f}".format(**data))
-        say(f"{self.args.variant} variant on {here['device_name']}, into {self.folder}")
+        task, here = self.task, machine(self.args.device)
+        mean = float(task.returns.mean())
+        data = dict(data_episodes=len(task.returns), data_return=mean, data_score=task.score(mean))
+        settings = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id)
+        self.write_json("config.json", settings | self.about | data | here)
+        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
+        say("its {data_episodes} episodes: mean return {data_return:.2f}, score {data_score:.1f}".format(**data))
+        say(f"variant {self.args.variant} on {here['device_name']}, into {self.folder}")
 
     def log(self, values: dict):
         """Values for TensorBoard, which must never cost a run."""
@@ -1382,12 +1396,14 @@ class Run:
         self.log({f"losses/{name}": value for name, value in losses.items()})
         words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
         bar.set_postfix_str(words)
-        rate = LOG_EVERY / (time.monotonic() - self.tick)
-        if self.step == self.first + 2 * LOG_EVERY:  # not from `first`: the first updates may compile
+        now, (then, step) = time.monotonic(), self.tick
+        rate = (self.step - step) / (now - then)
+        if self.spoke is None and step > self.first:  # not the first updates, which may compile
             say(f"{rate:.1f} updates a second: {self.to_go(rate)} to go, evaluations included")
-        elif bar.disable and time.monotonic() - self.spoke > SPEAK_EVERY:
+            self.spoke = now
+        elif self.spoke and bar.disable and now - self.spoke > SPEAK_EVERY:
             say(f"update {self.step}: {words}; {self.to_go(rate)} to go")
-            self.spoke = time.monotonic()
+            self.spoke = now
 
     def to_go(self, rate: float) -> str:
         """The time to the run's end, evaluations included: the last one's or, before it, a guess from one action."""
@@ -1401,32 +1417,33 @@ class Run:
         return tqdm.format_interval((args.num_steps - self.step) / rate + evaluations * self.evaluating)
 
     def evaluate(self, stops):
-        """Evaluates the policy and keeps what comes out, first of all in the checkpoint; nothing if it is stopped."""
+        """Evaluates the policy and keeps what comes out, the checkpoint last; nothing if it is stopped."""
         began = time.monotonic()
         result = evaluate(self.actor, self.envs, self.args.eval_episodes, self.args.seed, lambda: stops)
         if result is None:
             return
         self.evaluating = time.monotonic() - began
         measured = summary(self.task, result)
-        means = (self.totals[:-1] / self.totals[-1]).tolist()
-        row = dict(step=self.step) | measured | dict(zip(METRICS, means))
-        self.rows.append(row | dict(seconds=round(time.monotonic() - self.began, 1)))
+        means = dict(zip(METRICS, (self.totals[:-1] / self.totals[-1]).tolist()))
+        seconds = round(time.monotonic() - self.began, 1)
+        self.rows.append(dict(step=self.step) | measured | means | dict(seconds=seconds))
         self.totals.zero_()
         self.log(dict(score=measured["score_mean"]))
-        self.save()
-        write_whole(self.folder / "metrics.csv", lambda file: file.write(as_csv(self.rows)))
+        self.write_table()
         self.save_policy("policy.pt")
         if measured["score_mean"] == max(row["score_mean"] for row in self.rows):
             self.save_policy("policy-best.pt")
+        self.save()  # last: a run cut off before it evaluates again
         say(f"update {self.step}: {in_words(measured)}")
 
     def loop(self, envs) -> int:
         """Updates and evaluations to the end. Returns the exit status: 0, or 128 and the number of a signal."""
         from torch.utils.tensorboard import SummaryWriter
 
-        args, self.envs, self.first, self.evaluating = self.args, envs, self.step, None
+        args, self.envs, self.first, self.evaluating, self.spoke = self.args, envs, self.step, None, None
         self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.saved = self.spoke = self.tick = time.monotonic()
+        self.saved = time.monotonic()
+        self.tick = self.saved, self.step
         learn = Captured(self.learn) if args.device.startswith("cuda") else self.learn
         if args.compile:
             say("compiling, which takes half a minute or more")
@@ -1434,16 +1451,17 @@ class Run:
         with contextlib.closing(self.writer), bar, interruptible() as stops:
             while True:
                 at_end = self.step == args.num_steps
-                due = self.step > 0 and (at_end or self.step % args.eval_every == 0)
-                due = due and not (self.rows and self.rows[-1]["step"] == self.step)
+                evaluated = bool(self.rows) and self.rows[-1]["step"] == self.step
+                due = self.step > 0 and not evaluated and (at_end or self.step % args.eval_every == 0)
                 if self.step > self.first and (due or stops or self.step % LOG_EVERY == 0):
                     self.check(bar)
-                    if stops or time.monotonic() - self.saved > SAVE_EVERY:
+                    if time.monotonic() - self.saved > SAVE_EVERY:
                         self.save()
-                    self.tick = time.monotonic()
-                if due and not stops:
+                    if due and not stops:
+                        self.evaluate(stops)
+                    self.tick = time.monotonic(), self.step
+                elif due:
                     self.evaluate(stops)
-                    self.tick = time.monotonic()
                 if stops:
                     self.save()
                     say(f"stopped at update {self.step}: --resume goes on from there")
@@ -1461,14 +1479,6 @@ class Run:
         scores = dict(final=last["score_mean"], best=best["score_mean"], best_step=best["step"], steps=self.step)
         self.write_json("result.json", scores)
         say("final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores) + f"; see {self.folder}")
-
-
-def as_csv(rows: list[dict]) -> bytes:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue().encode()
 
 
 def train(args: Args) -> int:
@@ -1507,24 +1517,22 @@ def train(args: Args) -> int:
 
 
 def draw_curve(file, run: Run):
-    """A picture of score (for the toy, return) over updates; for the toy, the three panels of Figure 1."""
+    """A picture of score (for the toy, return) over updates; for the toy, between Figure 1's two other panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    args, task, toy = run.args, run.task, run.task.domain == "toy"
+    toy = run.task.domain == "toy"
+    measure, level = ("return", run.task.returns.mean()) if toy else ("score", run.task.score(run.task.returns.mean()))
     figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
-    curve = axes[0, 1] if toy else axes[0, 0]
-    measure = "return" if toy else "score"
-    steps, mean, std = (
-        np.array([row[name] for row in run.rows]) for name in ("step", f"{measure}_mean", f"{measure}_std")
-    )
-    curve.plot(steps, mean)
-    curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
-    level = task.returns.mean() if toy else task.score(task.returns.mean())
+    curve = axes[0, len(axes[0]) // 2]
+    columns = "step", f"{measure}_mean", f"{measure}_std"
+    step, mean, std = np.array([[row[column] for column in columns] for row in run.rows]).T
+    curve.plot(step, mean)
+    curve.fill_between(step, mean - std, mean + std, alpha=0.2)
     curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
-    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{args.env}, seed {args.seed}")
+    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{run.args.env}, {run.args.seed}")
     curve.legend()
     if toy:
         draw_toy(axes[0, 0], axes[0, 2], run)
@@ -1534,20 +1542,18 @@ def draw_curve(file, run: Run):
 
 
 def draw_toy(left, right, run: Run):
-    """Figure 1's outer panels: the reward and the density of the data, and the learned Q at the start."""
+    """Figure 1: the reward beside the density of the data, and the learned Q of the first action."""
     x = np.linspace(-2, 2, 401)
     left.plot(x, ToyEnv.reward(x))
-    left.set(xlabel="state", ylabel="reward", title="Reward and data")
-    density = left.twinx()
-    density.hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
-    density.set(ylabel="density of the states in the data")
+    left.twinx().hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+    left.set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
     action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
     with torch.no_grad():
-        q = run.agent.critics(torch.zeros(201, 2).to(action), action).cpu()  # (M, 201)
-    action, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
-    right.plot(action, mean, label="mean of the ensemble, ± deviation")
-    right.fill_between(action, mean - std, mean + std, alpha=0.2)
-    right.plot(action, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
+        q = run.agent.critics(torch.zeros_like(action).expand(-1, 2), action).cpu()  # (M, 201)
+    x, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
+    right.plot(x, mean, label="mean of the ensemble, ± deviation")
+    right.fill_between(x, mean - std, mean + std, alpha=0.2)
+    right.plot(x, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
     right.set(xlabel="first action", title="Q at state 0")
     right.legend()
 
@@ -1556,11 +1562,9 @@ def machine(device: str) -> dict:
     """What config.json says of the machine."""
     packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
     versions = {name: importlib.metadata.version(name) for name in packages}
-    versions["python"] = sys.version.split()[0]
-    name = f"CPU ({torch.get_num_threads()} threads)"
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    return dict(device_name=name, versions=versions)
+    cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
+    return dict(device_name=name, versions=versions | dict(python=sys.version.split()[0]))
 
 
 # ==== 11. Trained policies, and the command line ======================================================================
@@ -1594,10 +1598,6 @@ def evaluate_only(args: Args) -> int:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
     return 0
-
-
-def policy_file(args: Args) -> Path:
-    return Path(args.checkpoint or run_folder(args) / "policy.pt")
 
 
 # Settings that a resumed or evaluated run may change, as they do not change what it learns or learned.
