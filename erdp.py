@@ -1431,7 +1431,7 @@ class Run:
         self.log(dict(score=measured["score_mean"]))
         self.write_table()
         self.save_policy("policy.pt")
-        if measured["score_mean"] == max(row["score_mean"] for row in self.rows):
+        if measured["score_mean"] > max((row["score_mean"] for row in self.rows[:-1]), default=-math.inf):
             self.save_policy("policy-best.pt")
         self.save()  # last: a run cut off before it evaluates again
         say(f"update {self.step}: {in_words(measured)}")
