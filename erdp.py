@@ -1579,7 +1579,8 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
         agent = Agent(about["state_dim"], about["action_dim"], args, device)
         for part in ("policy", "critics_target"):
             getattr(agent, part).load_state_dict(saved["agent"][part])
-        actor = Actor(agent, saved["layout"], saved["low"], saved["high"])
+        low, high = np.array([saved["low"], saved["high"]])  # of one shape
+        actor = Actor(agent, saved["layout"], low, high)
         actor(np.zeros(about["state_dim"]))  # what does not fit together shows here
         return actor
 
