@@ -1160,27 +1160,6 @@ def test_eq16_equals_loops_over_members_transitions_and_candidates(M, B, C, disc
     agree("Eq. 16: squared error, mean over members and batch", loss, ((expected - y) ** 2).sum() / (M * B))
 
 
-def critic_gradients(critics, target, batch, next_action, pessimism):
-    critics.zero_grad(set_to_none=True)
-    eq16(critics, target, batch, next_action, pessimism=pessimism)[0].backward()
-    return [p.grad.clone() for p in critics.parameters()]
-
-
-def test_eq16_members_gradient_depends_on_its_own_target_alone():
-    critics, target, batch, next_action = tiny_critics(), tiny_critics(seed=1), random_batch(), gaussian(2, 5, 2)
-    before = {p: critic_gradients(critics, target, batch, next_action, p) for p in ("lcb", "min")}
-    with torch.no_grad():
-        for p in target.parameters():
-            p[1] -= 0.5  # another member 1
-        target.biases[3][1] -= 50  # and the lowest
-    after = {p: critic_gradients(critics, target, batch, next_action, p) for p in ("lcb", "min")}
-    for old, new in zip(before["lcb"], after["lcb"]):
-        assert torch.equal(old[[0, 2]], new[[0, 2]]), "Eq. 16: members 0 and 2 do not see the target of member 1"
-    last = [gradients[-1].flatten() for gradients in (before["lcb"], after["lcb"], before["min"], after["min"])]
-    assert last[0][1] != last[1][1], "Eq. 16: member 1 sees its own target"
-    assert (last[2] != last[3]).all(), "clipped double Q: all members see the shared target"
-
-
 def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient():
     critics, target, batch = tiny_critics(), tiny_critics(seed=1), random_batch()
     next_action = gaussian(2, 5, 2).requires_grad_()
@@ -1190,15 +1169,6 @@ def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient()
 
 
 # ==== Eq. 17: the ensemble's pessimism ================================================================================
-@pytest.mark.parametrize("unbiased", [False, True], ids=["divisor M", "divisor M - 1"])
-def test_eq17_of_one_member_is_its_mean(unbiased):
-    q = gaussian(1, 5).requires_grad_()
-    value = erdp.lcb(q, 4.0, unbiased)
-    agree("Eq. 17, M = 1", value, q[0])
-    value.sum().backward()
-    agree("Eq. 17, M = 1: gradient", q.grad, torch.ones(1, 5))
-
-
 @pytest.mark.parametrize("unbiased", [False, True], ids=["divisor M", "divisor M - 1"])
 def test_eq17_has_the_means_gradient_where_members_agree(unbiased):
     q = torch.full((4, 3), 0.7, dtype=torch.float64)
@@ -1617,16 +1587,10 @@ def test_data_nested_observations_are_flattened_in_gymnasiums_order(space, n):
     parts = erdp.layout(space)
     agree("flattened observations", erdp.flatten(parts, columns(space, samples)), expected, atol=0, rtol=0)
     agree("one alone", erdp.flatten(parts, samples[0]), expected[0], atol=0, rtol=0)
-
-
-def test_data_kitchen_takes_the_observation_alone_and_antmaze_all_of_it():
-    parts = {"achieved_goal": {"kettle": np.full((3, 7), 5.0)}, "observation": np.arange(6.0).reshape(3, 2)}
-    space = Dict(achieved_goal=Dict(kettle=Box(-9, 9, (7,))), observation=Box(-9, 9, (2,)))
-    recording = Recording([episode(0, [0, 0], observations=parts)])
-    kitchen = load(task_of(recording, "kitchen", Dict(observation=space["observation"])))
-    assert kitchen.state.tolist() == [[0, 1], [2, 3]] and kitchen.next_state.tolist() == [[2, 3], [4, 5]]
-    everything = load(task_of(recording, "antmaze", space))
-    assert everything.next_state.tolist() == [[5] * 7 + [2, 3], [5] * 7 + [4, 5]]
+    if isinstance(space, Dict):  # as of Kitchen's observations
+        (key, part), *_ = space.items()
+        some = np.stack([gym.spaces.flatten(part, sample[key]) for sample in samples]).astype(np.float32)
+        agree("a part", erdp.flatten({key: erdp.layout(part)}, columns(space, samples)), some, atol=0, rtol=0)
 
 
 def fixed_actor(sample, low, high, critics=None, **choices) -> erdp.Actor:
@@ -2641,23 +2605,6 @@ def recorded_args(recorded, monkeypatch, env, dataset, *more) -> list[str]:
 
 
 @pytest.mark.slow
-def test_recorded_antmaze_has_as_many_transitions_as_counted_by_hand(recorded, monkeypatch):
-    args = erdp.parse(recorded_args(recorded, monkeypatch, "antmaze-umaze-v0", "standin/antmaze/umaze-v0"))
-    task = erdp.open_task(args)
-    data = erdp.load_data(task, args)
-    steps = goals = in_time = 0
-    with h5py.File(recorded / "minari/standin/antmaze/umaze-v0/data/main_data.hdf5") as file:
-        for name in file:
-            at_goal = np.flatnonzero(file[name]["rewards"][()] == 1)
-            steps += at_goal[0] + 1 if len(at_goal) else len(file[name]["rewards"])
-            goals += len(at_goal) > 0
-            in_time += len(at_goal) > 0 and at_goal[0] < 700
-    assert 0 < goals < steps
-    assert (len(data.reward), data.terminal.sum(), (data.reward == 2).sum()) == (steps, goals, goals)
-    assert data.state.shape == (steps, 31) and data.terminal[data.reward == 2].all() and task.returns.sum() == in_time
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "env, dataset, sizes",
     [
@@ -2702,13 +2649,11 @@ def refused(capsys, tmp_path):
     [
         (["--env", "hoper-medium-v2"], ["hoper-medium-v2", "hopper-medium-v2"]),
         (["--env", "antmaze-umaze"], ["antmaze-umaze", "antmaze-umaze-v0"]),
-        (["--env", "x"], ["x", "nearest"]),
         (["--env", "toy", "--dataset", "a.hdf5"], ["a.hdf5", "toy-0 to toy-99"]),
         (["--env", "toy", "--dataset", "toy-100"], ["toy-100", "toy-0 to toy-99"]),
         (["--dataset", "a.hdf5"], ["a.hdf5", "does not exist"]),
         (["--dataset", "two words"], ["two words", "Minari id"]),
         (["--dataset", "../data-v0"], ["../data-v0"]),
-        (["--dataset", "a//data-v0"], ["a//data-v0"]),
         (["--dataset", "data.csv"], ["data.csv", ".hdf5"]),
         (["--num-steps", "many"], ["--num-steps", "many"]),
         (["--batch-size", "1.5"], ["--batch-size", "1.5"]),
@@ -2722,7 +2667,6 @@ def refused(capsys, tmp_path):
         (["--num-diffusion-steps", "2", "--variant", "released"], ["--num-diffusion-steps", "at least 3"]),
         (["--device", "cuda:200"], ["cuda:200", "--device cpu"]),
         (["--device", "cpu:3"], ["cpu:3", "cuda"]),
-        (["--device", "gpu"], ["gpu", "cuda"]),
         (["--precision", "tf32", "--device", "cpu"], ["--precision tf32", "--device cpu"]),
         (["--seed", str(2**63)], ["--seed", str(2**63), "less than 2**63"]),
         (["--checkpoint", "a.pt"], ["--checkpoint", "--eval-only"]),
