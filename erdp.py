@@ -258,9 +258,8 @@ class QEnsemble(nn.Module):
         weights = [weight.detach() if frozen else weight for weight in self.weights]
         biases = [bias.detach() if frozen else bias for bias in self.biases]
         x = torch.cat([state, action], -1)
-        x = x.reshape(-1, x.shape[-1])  # (N, S + A), the same for all members
-        h = torch.einsum("ni,mih->mnh", x, weights[0])  # (M, N, H)
-        h = mish(h + biases[0])
+        x = x.reshape(1, -1, x.shape[-1]).expand(len(biases[0]), -1, -1)  # (M, N, S + A), the same for all members
+        h = mish(x @ weights[0] + biases[0])  # (M, N, H)
         for weight, bias in zip(weights[1:-1], biases[1:-1]):
             product = (h.bfloat16() @ weight.bfloat16()).float() if self.bf16 else h @ weight
             h = mish(product + bias)  # (M, N, H)
@@ -1291,7 +1290,6 @@ class Run:
         for column in data:
             checksum = zlib.crc32(column.cpu().numpy(), checksum)
         self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim, data=checksum)
-        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.agent = Agent(task.state_dim, action_dim, args, device)
@@ -1558,6 +1556,17 @@ def draw_toy(left, right, run: Run):
     right.legend()
 
 
+def set_matmul_precision(args: Args):
+    """The process's precision of float32 products, and on a CPU the library that makes them.
+
+    "medium" sends them from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN. That may then round
+    factors to bfloat16, but does so only with AMX instructions or on ARM; everywhere else the products stay float32.
+    """
+    exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+    on_cpu = "medium" if exact and args.device == "cpu" else "highest"
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else on_cpu)
+
+
 def machine(device: str) -> dict:
     """What config.json says of the machine."""
     packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
@@ -1701,6 +1710,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit status (`--help` raises SystemExit)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        set_matmul_precision(args)
         return evaluate_only(args) if args.eval_only else train(args)
     except UserError as error:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines
