@@ -130,24 +130,41 @@ def test_results_paper_variant_multiplies_the_predicted_noise_by_what_it_says(al
         def policy(*_):
             return torch.full_like(eps, prediction)
 
-        return float(erdp.policy_loss(policy, critics, sde, batch, noise, critics(None, action), args)[0])
+        q_data = critics(None, action)
+        return float(erdp.policy_loss(policy, critics, sde, batch, noise, q_data, args)["policy_loss"])
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options=dict(xatol=1e-8)).x
     agree("E(eps | x_t) / (1 - alpha / 2)", best, 0.3 / (1 - alpha / 2), rtol=0.02, atol=0)
 
 
-def test_results_expected_deviation_of_the_paper_variant_obeys_its_recursion():
+@pytest.mark.parametrize("variant", ["none", "paper", "debruijn"])
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.1, 1.0])
+def test_results_expected_deviation_obeys_its_recursion(variant, alpha):
+    entropy, (prime, bar), variance = script("entropy"), literal_theta("cosine", 5), 1.0
+    for t in range(5, 0, -1):
+        var, past, step = (1 - math.exp(-2 * theta) for theta in (bar[t], bar[t - 1], prime[t]))
+        divisor = dict(none=1.0, paper=1 - alpha / 2, debruijn=1 + 5 * alpha * (t <= 2) * prime[t] / var)[variant]
+        noise = math.sqrt(var) / (math.exp(-2 * bar[t]) * 0.3**2 + var) / divisor  # predicted, per x_t
+        x_0 = math.exp(bar[t]) * (1 - math.sqrt(var) * noise)
+        slope = past / var * math.exp(-prime[t]) + step / var * math.exp(-bar[t - 1]) * x_0
+        variance = slope**2 * variance + past * step / var
+    assert entropy.expected_deviation(variant, alpha) == f"{math.sqrt(variance):.3g}"
+    assert entropy.expected_deviation("paper", 2.0) == "no minimum" and entropy.expected_deviation("released", 1) == ""
+
+
+@pytest.mark.parametrize("all_times", [False, True])
+def test_results_h_hat_of_a_gaussian_and_of_a_point_have_their_closed_forms(all_times):
     entropy, (prime, bar) = script("entropy"), literal_theta("cosine", 5)
-    for alpha in (0.0, 0.01, 0.1, 1.0):
-        variance = 1.0
-        for t in range(5, 0, -1):
-            var, past, step = (1 - math.exp(-2 * theta) for theta in (bar[t], bar[t - 1], prime[t]))
-            noise = math.sqrt(var) / (math.exp(-2 * bar[t]) * 0.3**2 + var) / (1 - alpha / 2)  # predicted, per x_t
-            x_0 = math.exp(bar[t]) * (1 - math.sqrt(var) * noise)
-            slope = past / var * math.exp(-prime[t]) + step / var * math.exp(-bar[t - 1]) * x_0
-            variance = slope**2 * variance + past * step / var
-        assert entropy.expected_deviation("paper", alpha) == f"{math.sqrt(variance):.3g}"
-    assert entropy.expected_deviation("paper", 2.0) == "no minimum"
+    times = range(1, 6 if all_times else 3)
+
+    def closed(width):
+        fisher = (1 / (1 - math.exp(-2 * bar[t]) * (1 - width**2)) for t in times)
+        return 0.5 * math.log(2 * math.pi * math.e) - sum(prime[t] * (f - 1) for t, f in zip(times, fisher))
+
+    sde = entropy.sde_of(5, all_times)
+    exact = entropy.widened(sde, ([0.2], 0.3), 0.0)
+    agree("H-hat", entropy.h_hat(sde, exact, ([0.2], 0.3)), closed(0.3), atol=2e-3)
+    assert all_times or abs(entropy.least_h_hat(5) - closed(0.0)) < 1e-10
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -158,8 +175,8 @@ def test_results_term_norms_are_those_of_each_term_differentiated_alone(variant)
     agent = erdp.Agent(3, 2, args)
     state, action, zeros = torch.randn(50, 3), 2 * torch.rand(50, 2) - 1, torch.zeros(50)
     data = Batch(state, action, zeros, state, zeros)
-    noise = erdp.empty_noise(args, 2, "cpu")
-    erdp.draw(noise, 50, torch.Generator().manual_seed(0))
+    noise = erdp.noise_buffers(args, 2, "cpu")
+    erdp.sample_noise(noise, 50, torch.Generator().manual_seed(0))
     state, action = state[noise.rows], action[noise.rows]
     x_t = agent.sde.diffuse(action, noise.t, noise.eps)
     eps_hat = agent.policy(x_t, noise.t, state)
@@ -202,11 +219,13 @@ def test_results_minimiser_is_where_the_loss_has_no_slope(loss, T, t):
         agree("the parabola's axis: equal to both sides", up - down, 0.0, atol=1e-8 * max(1.0, up))
 
 
-@pytest.mark.parametrize("name", ["figure2", "entropy", "likelihood"])
+@pytest.mark.parametrize("name", ["figure2", "entropy", "likelihood", "equivalence"])
 def test_results_scripts_refuse_bad_input_in_one_sentence(name, tmp_path, monkeypatch, capsys):
     file = tmp_path / "file"
     file.write_text("")
     commands = [["--out", str(file)]]
+    if name == "equivalence":
+        commands = [["checkout", "--out", str(file)], [str(tmp_path)], [str(tmp_path / "none")]]
     if name == "entropy":
         commands += [["--out", str(tmp_path), "--checkpoint", str(file)], ["--checkpoint", str(tmp_path / "none.pt")]]
     for command in commands:
