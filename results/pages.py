@@ -1,0 +1,37 @@
+"""What the scripts of this folder share in making pages: their arguments, Markdown tables, pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+sys.path.insert(0, str(ROOT))  # so that the scripts find erdp.py
+plt.switch_backend("Agg")
+
+
+def table(header, rows) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows])
+
+
+def save(figure, path: Path, dpi: int = 100):
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def start(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    """The arguments of a study, with --out, whose folder is made; ends the program where that cannot be."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
+    args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: --out {args.out} cannot be made a folder ({error.strerror})\n")
+    torch.set_num_threads(1)
+    return args
