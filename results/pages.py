@@ -24,6 +24,15 @@ def save(figure, path: Path, dpi: int = 100):
     plt.close(figure)
 
 
+def draw_band(axis, group, name: str):
+    """A group of runs (`runs.Group`) over updates: mean ± deviation over seeds."""
+    steps, values = group.curve()
+    mean, std = values.mean(0), values.std(0)
+    seeds = f"{len(values)} seed" + "s" * (len(values) > 1)
+    (line,) = axis.plot(steps, mean, marker=".", label=f"{name} ({seeds})")
+    axis.fill_between(steps, mean - std, mean + std, alpha=0.1, color=line.get_color())
+
+
 def start(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
     """The arguments of a study, with --out, whose folder is made; ends the program where that cannot be."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
