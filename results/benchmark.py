@@ -3,12 +3,12 @@
     python results/benchmark.py                                # updates a second for M = 1, 4, 16 and 64
     python results/benchmark.py --env antmaze-medium-play-v0   # with that row's settings: max Q-backup
     python results/benchmark.py --growth                       # cost against M, batch size, T and the data's size
-    python results/benchmark.py --out results/benchmark-cpu.md
+    python results/benchmark.py --out results/benchmark-cpu.md  # also writes the page
 
 Ways of running the same update are timed in turn, slice by slice, in one process, so that a change of the machine's
 speed meets them all; a figure is the median over slices. The ways:
 
-    plain      eager, with the ensemble written the obvious way: input expanded to (M, B, S + A), a product and a bias a
+    plain      eager, with the ensemble written the obvious way: input expanded to (M, N, S + A), a product and a bias a
                layer, gradients to Q's weights in the policy's step too, PyTorch's default Adam
     eager      erdp.update as it is
     compiled   --compile: with torch.compile
@@ -32,10 +32,9 @@ from pathlib import Path
 import gymnasium as gym
 import torch
 import torch.nn.functional as F
-from figure2 import table
+from pages import table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import erdp  # noqa: E402
+import erdp
 
 STATE_DIM, ACTION_DIM, ROWS = 31, 8, 100_000  # AntMaze's sizes
 WAYS = {"cpu": ("plain", "eager", "compiled"), "cuda": ("plain", "eager", "captured", "compiled")}
@@ -45,23 +44,24 @@ class PlainEnsemble(erdp.QEnsemble):
     """The same functions as QEnsemble's, without its care for speed. `frozen` is ignored."""
 
     def forward(self, state, action, frozen=False):
-        h = torch.cat([state, action], -1).expand(len(self.weights[0]), -1, -1)  # (M, B, S + A)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        h = torch.cat([state, action], -1).flatten(0, -2).expand(len(self.weights[0]), -1, -1)  # (M, N, S + A)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             h = F.mish(h @ weight + bias)
-        return (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)
+        q = (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)  # (M, N)
+        return q.unflatten(-1, action.shape[:-1])
 
 
 def learner(args: erdp.Args, way: str, data: erdp.Batch):
-    """(a function that makes one update on fresh noise, its agent), set up as `erdp.train` does."""
+    """(a function that makes one update on fresh noise, its agent), set up as in a run."""
     args = dataclasses.replace(args, compile=way == "compiled")
     torch.manual_seed(args.seed)
     agent = erdp.Agent(data.state.shape[1], data.action.shape[1], args, args.device)
     if way == "plain":
         agent.critics.__class__ = agent.critics_target.__class__ = PlainEnsemble
         agent.policy_optimizer = torch.optim.Adam(agent.policy.parameters(), args.lr)
-        agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), erdp.CRITIC_LR)
+        agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.critic_lr)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    noise = erdp.empty_noise(args, data.action.shape[1], args.device)
+    noise = erdp.noise_buffers(args, data.action.shape[1], args.device)
 
     def learn():
         erdp.update(agent, erdp.Batch(*(column[noise.rows] for column in data)), noise)
@@ -70,7 +70,7 @@ def learner(args: erdp.Args, way: str, data: erdp.Batch):
         learn = erdp.Captured(learn)
 
     def step():
-        erdp.draw(noise, len(data.reward), generator)
+        erdp.sample_noise(noise, len(data.reward), generator)
         learn()
 
     return step, agent
@@ -78,7 +78,7 @@ def learner(args: erdp.Args, way: str, data: erdp.Batch):
 
 def products(args: erdp.Args, state_dim: int, action_dim: int):
     """A function that makes the matrix products of one update alone, and their number of operations."""
-    M, B, H, C = args.num_critics, args.batch_size, erdp.HIDDEN, erdp.BACKUP_CANDIDATES if args.max_q_backup else 1
+    M, B, H, C = args.num_critics, args.batch_size, args.hidden, erdp.BACKUP_CANDIDATES if args.max_q_backup else 1
     calls, operations = [], 0
 
     def add(times, batch, rows, inner, columns):
@@ -191,7 +191,7 @@ def evaluation_speed(args: erdp.Args, seconds: float) -> str:
         env.close()
     low, high = env.action_space.low, env.action_space.high
     task = erdp.Task("antmaze", None, "", env.spec, env.observation_space, low, high, 0.0, 1.0)
-    actor = erdp.Agent(task.state_dim, len(low), args, args.device).actor(low, high)
+    actor = erdp.Actor(erdp.Agent(task.state_dim, len(low), args, args.device), None, low, high)
     steps = 0
 
     def counting(state, streams):

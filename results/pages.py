@@ -33,14 +33,16 @@ def draw_band(axis, group, name: str):
     axis.fill_between(steps, mean - std, mean + std, alpha=0.1, color=line.get_color())
 
 
-def start(parser: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+def start(parser: argparse.ArgumentParser, argv=None, out: Path | None = RESULTS) -> argparse.Namespace:
     """The arguments of a study, with --out, whose folder is made; ends the program where that cannot be."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
+    parser.add_argument("--out", type=Path, default=out, help="the folder to write to")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}: see --help\n")
     args = parser.parse_args(argv)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: --out {args.out} cannot be made a folder ({error.strerror})\n")
+        parser.error(f"--out {args.out} cannot be made a folder ({error.strerror})")
     torch.set_num_threads(1)
     return args
