@@ -213,13 +213,14 @@ def diagnosis(folder: Path, out: Path) -> str:
     text = f"""# Diagnosis of {folder.name}
 
 `python results/diagnose.py runs/{folder.name}`, at update {step:,}. {args.env} on {name}:
-{label(arm_of(dataclasses.asdict(args)))}, seed {args.seed}. The data: {len(rows):,} transitions, mean score of its episodes {task.score(task.returns.mean()):.1f}.
+{label(arm_of(dataclasses.asdict(args)))}, seed {args.seed}.
+The data: {len(rows):,} transitions, mean score of its episodes {task.score(task.returns.mean()):.1f}.
 
 ## By diffusion time
 
-Eq. 12 takes a^0-hat of Eq. 8 at every time. {BATCHES} batches of {args.batch_size} rows, all diffused to the time of the
-column. Gradients are in the policy's weights. Norm: of one batch's gradient, mean over batches. Noise: the deviation of
-one batch's gradient from the mean one, divided by the norm of the latter.
+Eq. 12 takes a^0-hat of Eq. 8 at every time. {BATCHES} batches of {args.batch_size} rows, all diffused to the time of
+the column. Gradients are in the policy's weights. Norm: of one batch's gradient, mean over batches. Noise: the
+deviation of one batch's gradient from the mean one, divided by the norm of the latter.
 
 {table(["t", *range(1, agent.sde.num_steps + 1)], times)}
 
@@ -239,8 +240,8 @@ the ensemble's mean, and the members' deviation around it, mean over states.
 
 ## Actions at the start of an episode
 
-At {len(taken["the data"])} start states near the first one, on the scale from -1 to 1. Distance: of the means; it and the
-deviation are averages over dimensions.
+At {len(taken["the data"])} start states near the first one, on the scale from -1 to 1. Distance: of the means; it and
+the deviation are averages over dimensions.
 
 {table(["whose", "distance from the data", "deviation", "at the bounds"], moved)}
 

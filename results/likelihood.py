@@ -75,7 +75,7 @@ def measure(network, sde, clip: bool) -> tuple[float, float]:
 
     Finished samples are clamped to [-1, 1], as always when acting; `clip` clamps each x0-hat too.
     """
-    state = torch.linspace(-1, 1, STATES, dtype=sde.theta_bar.dtype)[:, None]
+    state = torch.linspace(-1, 1, STATES, dtype=sde.dtype)[:, None]
     noise = gaussian(sde.num_steps, STATES * SAMPLES, 2, seed=1).to(state.dtype)
     a = erdp.sample_actions(network, sde, state.repeat_interleave(SAMPLES, 0), noise, clip)
     a = a.view(STATES, SAMPLES, 2)
