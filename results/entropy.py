@@ -11,27 +11,16 @@ term and without Q: the spread of their samples. (c) The gradient of each term o
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import scipy.special
 import scipy.stats
 import torch
+from known_noise import closed_form_deviation, gaussian, optimal, predictor, quantiles
+from pages import start, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-from figure2 import (  # noqa: E402
-    closed_form_deviation,
-    gaussian,
-    optimal,
-    predictor,
-    quantiles,
-    start,
-    table,
-)
-
-import erdp  # noqa: E402
+import erdp
 
 VARIANTS = "paper", "released"
 MODE_WIDTH = 0.1

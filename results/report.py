@@ -158,7 +158,7 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
 
     others = {}  # a panel for each data set and loss, and of each arm there its longest runs
     for group in sorted(groups, key=lambda group: (group.title(), group.runs[0].config["num_steps"])):
-        if not group.own_data:
+        if not group.own_data and group.env != "toy":
             rest = {name: x for name, x in group.arm.items() if name not in MEASURING}
             loss = {name: rest.pop(name) for name in ("loss", "clip_denoised") if name in rest}
             title = group.title().replace(": ", "\n") + (f"\n{label(loss)}" if loss else "")
