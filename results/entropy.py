@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +23,10 @@ import numpy as np
 import scipy.special
 import scipy.stats
 import torch
+from known_noise import closed_form_deviation, gaussian, optimal, predictor, quantiles
+from pages import start, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-from figure2 import closed_form_deviation, gaussian, optimal, predictor, quantiles, start, table  # noqa: E402
-
-import erdp  # noqa: E402
+import erdp
 
 VARIANTS = "paper", "released", "debruijn"
 MODE_WIDTH = 0.1

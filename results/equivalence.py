@@ -22,13 +22,10 @@ from unittest import mock
 import h5py
 import numpy as np
 import torch
+from pages import start, table
 from torch.overrides import TorchFunctionMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-from figure2 import start, table  # noqa: E402
-
-import erdp  # noqa: E402
+import erdp
 
 UPDATES, FIRST = 30, 990  # the policy's average starts at update 1000
 BATCH, ROWS, STATES = 64, 2_000, 20  # STATES: in which both choose an action
