@@ -48,7 +48,7 @@ def test_results_benchmarks_plain_ensemble_is_the_same_function_with_gradients_t
 
 def test_results_benchmarks_bound_counts_the_operations_of_the_paper():
     benchmark = script("benchmark")
-    step, operations = benchmark.products(Args(num_critics=2), 31, 8)
+    step, operations, _ = benchmark.products(Args(num_critics=2), 31, 8)
     critic, policy = 39 * 256 + 2 * 256**2, 55 * 256 + 2 * 256**2  # multiplications a row, without the last layers
     backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # of Q: activations, weights; in the policy's step
     assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
