@@ -418,7 +418,7 @@ is no nearer to the samples' entropy, and large alphas give less entropy. Gaussi
 
 (2) An alpha learnt as in SAC, towards a target for H-hat of at most A log 2, the entropy of uniform actions. At T = 5
 whatever the data has an H-hat of {least_h_hat(5):.2f} a dimension or more, above log 2 = {math.log(2):.2f}: at q = p
-alpha would go to 0. Below it falls where the policy has left the data, by CE(p, q), whatever its width.
+alpha would go to 0. H-hat is below that where the policy has left the data, by CE(p, q), whatever its width.
 """
 
 
