@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -56,7 +57,7 @@ class Args:
     env: str = "toy"  # toy, or a row of the paper's Tables 1 and 2, such as antmaze-umaze-v0
     seed: int = 0  # of initialisation, batches, noise and evaluation
     dataset: str | None = None  # a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data
-    variant: Literal["paper", "released"] = "paper"  # the paper's equations, or what its authors' released code computes
+    variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_steps: int = 1_000_000  # updates in all
     batch_size: int = 256  # transitions an update
@@ -74,7 +75,8 @@ class Args:
     schedule: Schedule = "cosine"  # theta_t of Eq. 1 over t
     loss: Loss = "noise"  # Eq. 5; IR-SDE's likelihood loss (Table 4); or the latter without its Euler step, posterior
     eta: float = 1.0  # Q-learning weight of Eq. 12
-    entropy_coef: float = 0.01  # alpha of Eq. 12
+    q_time: int | None = None  # last diffusion time t whose a^0-hat Q sees in Eq. 12 (None: T, the paper)
+    entropy_coef: float = 0.01  # alpha of Eq. 12 (with --variant debruijn by default 0.03)
     clip_denoised: bool = True  # clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)
     lr: float = 3e-4  # learning rate of the policy
     grad_norm: float = 4.0  # at which the policy's and the whole ensemble's gradients are each clipped
@@ -84,8 +86,8 @@ class Args:
     # evaluation and the program
     eval_every: int = 50_000  # updates between two evaluations
     eval_episodes: int = 100  # episodes an evaluation
-    eval_candidates: int = 50  # samples of which one is drawn by softmax over their pessimistic value; 1: a plain sample
-    compile: bool = False  # torch.compile the losses: about 1.5 times as fast on a CPU, after half a minute of compiling
+    eval_candidates: int = 50  # samples of which one is drawn by softmax over their value; 1: a plain sample
+    compile: bool = False  # torch.compile: about 1.5 times as fast on a CPU, after half a minute of compiling
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products: tf32 (CUDA); bf16: the ensemble's alone
     eval_env: str | None = None  # environment of a data set that names none: an id, module:id or module:Class
     run_dir: str | None = None  # the run's own folder (default: runs/<env>__<variant>__<seed>)
@@ -93,6 +95,8 @@ class Args:
     eval_only: bool = False  # evaluate a trained policy, print its score and write nothing
     checkpoint: str | None = None  # policy.pt or checkpoint.pt for --eval-only (default: the run folder's policy.pt)
 
+
+Variant = Literal["paper", "released", "debruijn"]
 
 # ==== 2. The mean-reverting SDE: Eq. 1-8, 14, 28 ======================================================================
 
@@ -112,6 +116,7 @@ SCHEDULES = {
     "vp": lambda k, T: 1 - np.exp(-0.1 / T - 4.95 * (2 * k - 1) / T**2),
 }
 Schedule = Literal[tuple(SCHEDULES)]
+GAUSSIAN_WITHIN = 0.01  # nats an action dimension: nearer to a standard Gaussian, x_t counts as one
 
 
 class MeanRevertingSDE:
@@ -121,6 +126,10 @@ class MeanRevertingSDE:
     or (A,). Times tau and t are an int or an integer tensor (B,), which gives coefficients of shape (B, 1). Densities
     are summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` once, where they meet x.
     Ints other than 0 <= tau <= t <= T raise ValueError; tensors are not checked, as that would wait for the device.
+
+    last_time, at least 1, is the last t at which x_t is not yet standard Gaussian to within GAUSSIAN_WITHIN: of x_0 in
+    [-1, 1]^A, the KL divergence from it, and what the entropy lacks of its, are at most -1/2 log var_t a dimension, as
+    H(x_t) >= H(x_t | x_0). Beyond it x_t says next to nothing of x_0 (t = 1, 2 are left of the cosine schedule's 5).
     """
 
     def __init__(self, num_steps: int = 5, schedule: str = "cosine", dtype=torch.float32, device="cpu"):
@@ -131,7 +140,10 @@ class MeanRevertingSDE:
         self.num_steps, self.dtype = num_steps, dtype
         theta = SCHEDULES[schedule](np.arange(1, num_steps + 1), num_steps)
         theta_bar = np.cumsum([0, *theta])
-        self.theta_bar = torch.as_tensor(theta_bar / theta_bar[-1] * -math.log(1e-3), device=device)  # float64
+        theta_bar *= -math.log(1e-3) / theta_bar[-1]
+        lacking = -0.5 * np.log(-np.expm1(-2 * theta_bar[1:]))  # nats a dimension at t = 1..T
+        self.last_time = max(1, int((lacking >= GAUSSIAN_WITHIN).sum()))
+        self.theta_bar = torch.as_tensor(theta_bar, device=device)  # float64
 
     def between(self, tau, t):
         """theta_bar_{tau:t}, the integral of theta from tau to t; theta'_t where tau = t - 1. In float64."""
@@ -245,14 +257,14 @@ class QEnsemble(nn.Module):
         """state (..., S), action (..., A) -> (M, ...). `frozen`: gradients reach the action but not the weights."""
         weights = [weight.detach() if frozen else weight for weight in self.weights]
         biases = [bias.detach() if frozen else bias for bias in self.biases]
-        x = torch.cat([state, action], -1).flatten(0, -2)  # (N, S + A), the same for all members
-        h = torch.einsum("ni,mih->mnh", x, weights[0])  # (M, N, H)
-        h = mish(h + biases[0])
+        x = torch.cat([state, action], -1)
+        x = x.reshape(1, -1, x.shape[-1]).expand(len(biases[0]), -1, -1)  # (M, N, S + A), the same for all members
+        h = mish(x @ weights[0] + biases[0])  # (M, N, H)
         for weight, bias in zip(weights[1:-1], biases[1:-1]):
             product = (h.bfloat16() @ weight.bfloat16()).float() if self.bf16 else h @ weight
             h = mish(product + bias)  # (M, N, H)
         q = (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)  # (M, N): no product, so that Mish fuses with it
-        return q.unflatten(-1, action.shape[:-1])
+        return q.reshape(-1, *action.shape[:-1])
 
 
 # ==== 4. Sampling: Eq. 10 by Eq. 6 and 8 ==============================================================================
@@ -338,29 +350,73 @@ def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
     return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
 
 
+DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action dimension: see results/entropy.md
+
+
+def entropy_weights(sde):
+    """w_t = theta'_t / var_t (T,) for t = 1..T, and 0 after sde.last_time; the sum of w_t var_t is theta_bar there.
+
+    Later times add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions, as 1 <=
+    E||E[eps | x_t]||^2 / (A var_t) <= 1 / var_t. But they have most of the weight, and Eq. 8 multiplies errors there by
+    up to 1,000.
+    """
+    t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
+    weight = sde.between(t - 1, t) / sde.var(0, t) * (t <= sde.last_time)[:, None]  # (T, 1)
+    return weight[:, 0].to(sde.dtype)
+
+
+def entropy_estimate(sde, eps_hat, t):
+    """H-hat (B,) in nats from the predicted noise eps_hat (B, A) at one diffusion time a row, t (B,) uniform on 1..T.
+
+    De Bruijn's identity for Eq. 1, dH(x_s)/ds = E||grad log p_s||^2 - A over s = theta_bar, with the score
+    -E[eps | x_s] / std_s and a Gaussian end, on the grid: A/2 log(2 pi e) - sum_t w_t (||eps_hat||^2 - var_t A). A row
+    has the term of its t times T, so that the mean over t is the sum.
+
+    It is taken at noised *data* actions. With the exact predictor of the data it is the data's conditional entropy (on
+    a coarse grid too large). With that of a policy q which has moved away from the data p it is not q's entropy but
+    2 H(q) - CE(p, q), exact for Gaussians: it also pulls q back to the data, and at q = p its gradient is twice H(q)'s.
+    """
+    A = eps_hat.shape[-1]
+    _, var = sde.transition(0, t)  # (B, 1)
+    weight = sde.num_steps * entropy_weights(sde)[t - 1]  # (B,)
+    return A / 2 * math.log(2 * math.pi * math.e) - weight * (eps_hat**2 - var).sum(-1)
+
+
 def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args) -> dict:
     """Eq. 15, with L_diff of `args.loss`: the "policy_loss", and its "diffusion_loss", "lcb" and "entropy" (-log p).
 
+    Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
+
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. q_data (M, B), for the lambda of variant "paper", is Q(s, a) of the batch as this step's `critic_loss`
-    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
+    where it is. Eq. 8 multiplies an error of the predicted noise by up to 1,000: after `q_time`, Q does not see it at
+    all. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss` gave it, before the Q update:
+    that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
     l_diff = LOSSES[args.loss](sde, batch.action, x_t, noise.t, noise.eps, eps_hat)
     a_0 = sde.predict_x0(x_t, noise.t, eps_hat)  # Eq. 8
-    log_p = policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
-    entropy = -log_p.mean()
-    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
-    value = pessimistic_value(q, args).mean()
-    bonus = args.entropy_coef * entropy if args.entropy_coef else 0.0
-    if args.variant == "paper":
-        lambda_ = args.eta / pessimistic_value(q_data, args).abs().mean().detach()  # eta / E|Q(s, a)|
-        loss = l_diff - lambda_ * (value + bonus)
+    if args.variant == "debruijn":
+        entropy = entropy_estimate(sde, eps_hat, noise.t)  # (B,)
     else:
-        lambda_ = args.eta / q.abs().mean().detach()
-        loss = l_diff - lambda_ * value - bonus / log_p.abs().mean().detach()
-    measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy)
+        entropy = -policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
+    q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
+    seen = noise.t <= (args.q_time or sde.num_steps)  # (B,)
+    count = seen.sum().clamp(min=1)
+    value = (pessimistic_value(q, args) * seen).sum() / count
+    if args.variant == "released":
+        magnitude = ((q.abs().mean(0) * seen).sum() / count).masked_fill(~seen.any(), 1)
+        weight = 1 / entropy.abs().mean().detach()
+    else:
+        magnitude = pessimistic_value(q_data, args).abs().mean()
+        weight = 1 / eps_hat.shape[-1]  # nats an action dimension, over which L_diff is a mean too
+    lambda_ = args.eta / magnitude.detach()  # eta / E|Q(s, a)|
+    if args.variant == "paper":
+        weight = lambda_  # alpha stands inside the bracket of Eq. 12
+    loss = l_diff - lambda_ * value
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * weight * entropy.mean()
+    measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy.mean())
     return {"policy_loss": loss} | {name: term.detach() for name, term in measured.items()}
 
 
@@ -506,7 +562,6 @@ def sample_noise(noise: Noise, num_rows: int, generator: torch.Generator):
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 PATIENCE = 20  # seconds that a silent server is waited for
 CANNOT_MAKE = "see that what it needs is installed, or name another by --eval-env"
-EPISODE_LIMIT = 1000  # steps, where the environment has no limit of its own
 
 
 class UserError(Exception):
@@ -560,7 +615,8 @@ def lock(path: Path, waiting: str | None = None):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if waiting is None:
-                raise UserError(f"another process is at work in {path.parent}: wait for it, or give another --run-dir")
+                problem = f"another process is at work in {path.parent}"
+                raise UserError(f"{problem}: wait for it, or give another --run-dir") from None
             say(waiting)
             fcntl.lockf(file, fcntl.LOCK_EX)
         except (ImportError, OSError):
@@ -569,7 +625,7 @@ def lock(path: Path, waiting: str | None = None):
 
 
 def write_whole(path: Path, write: Callable):
-    """Writes a file so that it is there as a whole or as it was: `write` gets another, open in binary, to begin with."""
+    """Writes a file so that it is there as a whole or as it was: `write` gets another one, open in binary."""
     part = path.with_name(".part-" + path.name)
     with refusing(f"{path} cannot be written", "what was there is as before; make room, then --resume"):
         try:
@@ -590,12 +646,13 @@ class Domain(NamedTuple):
     reward: Callable = lambda reward: reward  # the data's rewards (N,) -> the critics'
     observation: str | None = None  # the part of an observation that the policy sees; None: all of it
     goal_ends: bool = False  # an episode of the data ends, terminal, at its first reward
-    env: dict = {}  # arguments of the environment
+    env: dict = {}  # arguments that make the environment play by D4RL's rule
+    over: Callable = lambda state: False  # ... and the states in which D4RL ends an episode, where it does not
 
 
 def sparse_reward(reward):
     if not np.isin(reward, (0, 1)).all():
-        raise UserError("AntMaze rows learn from rewards of 0 and 1: give a data set with sparse rewards")
+        raise UserError("AntMaze's rows learn from rewards of 0 and 1: give a data set with sparse rewards")
     return 4 * (reward - 0.5)
 
 
@@ -603,15 +660,22 @@ def standardised(reward):
     return (reward - reward.mean()) / (reward.std() or 1)
 
 
+def pen_dropped(state):
+    return state[26] < 0.075  # its height
+
+
 DOMAINS = {
     "toy": Domain(
         dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000, eval_every=400)
     ),
+    "own": Domain({}),
     "gym": Domain(dict(loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10)),
     "antmaze": Domain(dict(eta=2.0, max_q_backup=True), sparse_reward, goal_ends=True, env={"continuing_task": False}),
-    "adroit": Domain(dict(lr=3e-5, eta=0.1, grad_norm=8.0), standardised),
+    "adroit": Domain(dict(lr=3e-5, eta=0.1, grad_norm=8.0), standardised, over=pen_dropped),
     "kitchen": Domain(
-        dict(eta=0.005, grad_norm=10.0, loss="likelihood", clip_denoised=False), observation="observation"
+        dict(eta=0.005, grad_norm=10.0, loss="likelihood", clip_denoised=False),
+        observation="observation",
+        env=dict(terminate_on_tasks_completed=True, remove_task_when_completed=True),
     ),
 }
 
@@ -642,42 +706,45 @@ class ToyEnv(gym.Env):
 
 
 class Row(NamedTuple):
-    """A row of Table 1 or 2: domain, data, evaluation environment (None: the data set's), D4RL's reference returns."""
+    """A row of Table 1 or 2, or the toy: domain and data, and how D4RL plays and scores it."""
 
     domain: str
     dataset: str
-    env: str | gym.envs.registration.EnvSpec | None
-    ref_min: float
+    env: str | gym.envs.registration.EnvSpec | None  # for evaluation; None: the one that the data set names
+    max_steps: int  # of an episode
+    ref_min: float  # returns of score 0 and 100
     ref_max: float
 
 
 ROBOTS = {
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
-    "hopper": ("Hopper-v4", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+    "halfcheetah": ("HalfCheetah-v4", 1000, -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", 1000, -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1000, 1.629008, 4592.3),
 }
 TOY = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv, max_episode_steps=2)
-ROWS = {"toy": Row("toy", "toy-20", TOY, 0.0, ToyEnv.best_return())}
+ROWS = {"toy": Row("toy", "toy-20", TOY, 2, 0.0, ToyEnv.best_return())}
 for level in ("medium", "medium-replay", "medium-expert"):
-    for robot, (env_id, ref_min, ref_max) in ROBOTS.items():
-        file_name = f"{robot}_{level.replace('-', '_')}-v2.hdf5"
-        ROWS[f"{robot}-{level}-v2"] = Row("gym", file_name, env_id, ref_min, ref_max)
+    for robot, rule in ROBOTS.items():
+        ROWS[f"{robot}-{level}-v2"] = Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *rule)
 for maze in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"):
-    ROWS[f"antmaze-{maze}-v0"] = Row("antmaze", f"D4RL/antmaze/{maze}", None, 0.0, 1.0)
+    steps = 700 if maze.startswith("umaze") else 1000
+    ROWS[f"antmaze-{maze}-v0"] = Row("antmaze", f"D4RL/antmaze/{maze}", None, steps, 0.0, 1.0)
 for level in ("human", "cloned"):
-    ROWS[f"pen-{level}-v1"] = Row("adroit", f"D4RL/pen/{level}", None, 96.262799, 3076.8331017826877)
+    ROWS[f"pen-{level}-v1"] = Row("adroit", f"D4RL/pen/{level}", None, 100, 96.262799, 3076.8331017826877)
 for level in ("complete", "partial", "mixed"):
-    ROWS[f"kitchen-{level}-v0"] = Row("kitchen", f"D4RL/kitchen/{level}", None, 0.0, 4.0)
+    ROWS[f"kitchen-{level}-v0"] = Row("kitchen", f"D4RL/kitchen/{level}", None, 280, 0.0, 4.0)
 
 
 def domain_of(env: str) -> str:
-    """The DOMAINS key of a row, or (any other name: a bare --dataset) Gym's."""
-    return ROWS[env].domain if env in ROWS else "gym"
+    """The DOMAINS key of a row or (any other name: a bare --dataset) of a user's own data."""
+    return ROWS[env].domain if env in ROWS else "own"
 
 
-def preset(env: str) -> Args:
+def preset(env: str, variant: str = "paper") -> Args:
     """The paper's settings for `env`, on this machine's device."""
     args = Args(env=env, **DOMAINS[domain_of(env)].settings)
+    if variant == "debruijn":
+        args.entropy_coef = DEBRUIJN_ALPHA
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
     if torch.cuda.is_available():
@@ -698,7 +765,7 @@ class Task:
     high: np.ndarray
     ref_min: float  # returns of score 0 and 100
     ref_max: float
-    returns: np.ndarray | None = None  # of the data's own episodes, had they been played here; `load_data` knows them
+    returns: np.ndarray | None = None  # of the data's own episodes, by this row's rule; `load_data` fills them in
 
     @property
     def state_dim(self) -> int:
@@ -707,10 +774,6 @@ class Task:
     def score(self, returns):
         """D4RL's normalised score."""
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
-
-    def played(self, next_state) -> int:
-        """How many steps of a recorded episode, given by the states (N, S) they led to, the environment would play."""
-        return min(len(next_state), self.spec.max_episode_steps or EPISODE_LIMIT)
 
 
 def layout(space: gym.Space):
@@ -730,16 +793,15 @@ def flatten(parts, observation) -> np.ndarray:
     return array.reshape(*array.shape[: array.ndim - len(parts)], -1)
 
 
-def spaces_of(source, name: str):
-    """The layout of the observations and the bounds (2, ...) of the actions of an environment or a Minari set."""
+def spaces_of(source, name: str) -> dict:
+    """What an environment or a Minari set says of its observations and actions, to be compared."""
     actions = source.action_space
     if not isinstance(actions, gym.spaces.Box):
         raise UserError(f"{name} has the actions {actions}: not a bounded, continuous Box")
-    bounds = np.stack([actions.low, actions.high]).astype(float)
-    spread = bounds[1] - bounds[0]
+    spread = actions.high.astype(float) - actions.low
     if not ((spread > 0) & (spread < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
         raise UserError(f"{name} has the actions {actions}: not a bounded, continuous Box with 0 < high - low < 1e6")
-    return layout(source.observation_space), bounds
+    return dict(observation=layout(source.observation_space), low=actions.low.tolist(), high=actions.high.tolist())
 
 
 def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
@@ -747,23 +809,16 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
     with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
         env = gym.make(spec, **kwargs)
         env.close()
-    spec, space = env.spec, env.observation_space
-    if spec.max_episode_steps is None:
-        say(f"{spec.id} has no time limit: its episodes are cut after {EPISODE_LIMIT} steps")
-        spec.max_episode_steps = EPISODE_LIMIT
+    name, space, found = env.spec.id, env.observation_space, spaces_of(env, env.spec.id)
+    if recorded := getattr(data, "spec", None):  # what a Minari set says of itself
+        if (theirs := spaces_of(recorded, dataset_id)) != found:
+            raise UserError(f"{dataset_id} and its environment {name} differ: {theirs} against {found}")
     if key := DOMAINS[domain].observation:
         if not (isinstance(space, gym.spaces.Dict) and key in space.keys()):
-            raise UserError(f"{spec.id} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
+            raise UserError(f"{name} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
         space = gym.spaces.Dict({key: space[key]})
-    _, (low, high) = spaces_of(env, spec.id)
-    task = Task(domain, data, dataset_id, spec, space, low, high, *refs)
-    if theirs := getattr(data, "spec", None):  # what a Minari set says of itself
-        ours, bounds = spaces_of(env, spec.id)
-        recorded, recorded_bounds = spaces_of(theirs, dataset_id)
-        if ours != recorded or bounds.shape != recorded_bounds.shape or not np.allclose(bounds, recorded_bounds):
-            there = f"{recorded} and {recorded_bounds.tolist()} against {ours} and {bounds.tolist()}"
-            raise UserError(f"{dataset_id} and its environment {spec.id} differ in observations or actions: {there}")
-    return task
+    low, high = np.array(found["low"]), np.array(found["high"])
+    return Task(domain, data, dataset_id, env.spec, space, low, high, *refs)
 
 
 def open_task(args: Args) -> Task:
@@ -774,7 +829,7 @@ def open_task(args: Args) -> Task:
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
     if domain == "toy":
-        return make_task(domain, toy_share(source), source, row.env, (row.ref_min, row.ref_max))
+        return make_task(domain, toy_share(source), source, row.env, row[-2:])
     register_robots()
     if source.endswith((".hdf5", ".h5")):
         data, dataset_id, recorded, metadata = open_hdf5(source, download=args.dataset is None), source, None, {}
@@ -792,11 +847,11 @@ def open_task(args: Args) -> Task:
         spec = env.spec
     else:
         raise UserError(f"{dataset_id} names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
-    refs = (row.ref_min, row.ref_max) if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    refs = row[-2:] if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     if None in refs:
         say(f"{dataset_id} has no reference scores: its score is the return")
         refs = 0.0, 100.0
-    kwargs = dict(DOMAINS[domain].env)
+    kwargs = DOMAINS[domain].env | (dict(max_episode_steps=row.max_steps) if row else {})
     if DOMAINS[domain].goal_ends:
         kwargs["maze_map"] = evaluation_maze(dataset_id, spec, recorded)
     return make_task(domain, data, dataset_id, spec, refs, **kwargs)
@@ -815,8 +870,8 @@ def register_robots():
 
 def find_env(name: str):
     """The specification of --eval-env: an id that Gymnasium knows or, in a module, `module:id` or `module:Class`."""
+    module, _, inner = name.rpartition(":")
     with refusing(f"--eval-env {name} is not there", "give an id, or module:Class with the module in this folder"):
-        module, _, inner = name.rpartition(":")
         if module and hasattr(importlib.import_module(module), inner):
             return gym.envs.registration.EnvSpec(f"{inner}-v0", entry_point=name)
         return gym.spec(inner)
@@ -844,11 +899,11 @@ def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
 
 def open_minari(dataset_id: str):
     """The Minari data set of that id, its newest version where the id has none: the installed one, else downloaded."""
-    with quiet():
-        import minari
     if not re.fullmatch(r"([-\w]+/)*[-\w]+", dataset_id):
         raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/pen/human-v2")
     folder = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    with quiet():
+        import minari
 
     def newest(ids):
         """The id itself, or if it names no version, the id of its highest version."""
@@ -863,60 +918,57 @@ def open_minari(dataset_id: str):
             if found := newest(installed):
                 return minari.load_dataset(found)
         say(f"looking for {dataset_id} on Minari's server")
-        with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`, or copy it to {folder}"):
-            with quiet(), ThreadPool(1) as pool:  # Minari itself would wait for ever
+        there = f"{folder} has {', '.join(installed) or 'no set'}"
+        with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`; {there}"), quiet():
+            with ThreadPool(1) as pool:  # Minari itself would wait for ever
                 remote = pool.apply_async(minari.list_remote_datasets, kwds=dict(compatible_minari_version=True))
                 found = newest(remote.get(PATIENCE))
             if found is None:
-                there = ", ".join(installed) or "none"
-                raise UserError(f"{dataset_id} is neither on the server nor in {folder}, whose sets are: {there}")
-            with fetched_elsewhere(folder, found):
-                minari.download_dataset(found)
+                raise LookupError("the server does not have it")
+            fetch_minari(found, folder)
             return minari.load_dataset(found)
 
 
-@contextlib.contextmanager
-def fetched_elsewhere(folder: Path, dataset_id: str):
-    """Within, Minari's folder is another one; at the end the set moves to `folder`, where it is whole or not at all."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
+def fetch_minari(dataset_id: str, folder: Path):
+    """Downloads a Minari set, which appears in `folder` when it is whole."""
+    import minari
+
     with tempfile.TemporaryDirectory(prefix=".erdp-", dir=folder) as part:
         os.environ["MINARI_DATASETS_PATH"] = part
         try:
-            yield
+            minari.download_dataset(dataset_id)
         finally:
-            os.environ.pop("MINARI_DATASETS_PATH")
-            if before:
-                os.environ["MINARI_DATASETS_PATH"] = before
+            os.environ["MINARI_DATASETS_PATH"] = str(folder)
         (folder / dataset_id).parent.mkdir(parents=True, exist_ok=True)
         os.replace(Path(part) / dataset_id, folder / dataset_id)
 
 
 def open_hdf5(source: str, download: bool) -> Path:
-    """The path of a D4RL file, where `download` a row's own, which is fetched at first use."""
+    """The path of a D4RL file; where `download`, a row's own, which is fetched at first use."""
+    path = Path(source).expanduser()
     if not download:
-        if not (path := Path(source).expanduser()).exists():
+        if not path.exists():
             raise UserError(f"--dataset {path} does not exist")
         return path
     path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / source
-    url, advice = D4RL_SERVER + source, f"fetch it later and save it as {path}"
-    with refusing(f"{url} cannot be downloaded", advice):
+    url = D4RL_SERVER + source
+    failed = f"{url} cannot be downloaded", f"fetch it later and save it as {path}"
+
+    def fetch(file):
+        say(f"downloading {url}")
+        with refusing(*failed), urllib.request.urlopen(url, timeout=PATIENCE) as reply:
+            size = int(reply.headers["Content-Length"])
+            with tqdm.wrapattr(reply, "read", total=size, desc=source, disable=None) as body:
+                shutil.copyfileobj(body, file)
+            if file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes came")
+
+    with refusing(*failed):
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(path.with_name(f".{source}.lock"), f"waiting for another process that fetches {path}"):
-            if path.exists():
-                return path
-            with urllib.request.urlopen(url, timeout=PATIENCE) as reply:
-                write_whole(path, lambda file: copy_all(reply, file, path.name))
+            if not path.exists():
+                write_whole(path, fetch)
     return path
-
-
-def copy_all(reply, file, name: str):
-    """Copies a server's reply to a file. Raises OSError if it is not as long as announced."""
-    size = int(reply.headers["Content-Length"])
-    with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:
-        while chunk := reply.read(1 << 20):
-            bar.update(file.write(chunk))
-    if file.tell() != size:
-        raise OSError(f"{file.tell()} of {size} bytes came")
 
 
 def toy_share(source: str) -> float:
@@ -940,27 +992,31 @@ def toy_data(seed: int, share: float = 0.2, episodes: int = 256) -> Batch:
 
 
 def load_minari(task: Task):
-    """All transitions of a Minari set, and its episodes' returns. AntMaze as D4RL meant it: the goal ends an episode."""
-    parts, returns = [], []
+    """All transitions of a Minari set, and each episode's rewards. AntMaze as D4RL meant it: the goal ends an episode.
+
+    Of the rewards, none after a state in which D4RL would have ended the episode.
+    """
+    domain, parts, rewards = DOMAINS[task.domain], [], []
     for episode in task.data.iterate_episodes():
-        state, reward = flatten(layout(task.space), episode.observations), np.asarray(episode.rewards, float)
-        action, terminal = np.asarray(episode.actions, np.float32), np.array(episode.terminations, np.float32)
-        n = len(reward)
+        n, state = len(episode.rewards), flatten(layout(task.space), episode.observations)
+        action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, float)
+        terminal = np.array(episode.terminations, np.float32)
         found = state.shape, action.shape, reward.shape, terminal.shape
-        expected = (n + 1, task.state_dim), (n, *task.low.shape), (n,), (n,)
-        if found != expected:
-            lengths = f"its states, actions, rewards and ends are {found}, not {expected}"
-            raise UserError(f"{task.dataset_id} has arrays of unequal length or width in episode {episode.id}: {lengths}")
-        if DOMAINS[task.domain].goal_ends and (reward > 0).any():
+        wanted = (n + 1, task.state_dim), (n, *task.low.shape), (n,), (n,)
+        if found != wanted:
+            arrays = f"observations, actions, rewards, terminations of episode {episode.id} are {found}, not {wanted}"
+            raise UserError(f"{task.dataset_id} has arrays of unequal length: {arrays}")
+        if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
         parts.append(Batch(state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
-        returns.append(reward[: task.played(state[1 : n + 1])].sum())
-    return Batch(*map(np.concatenate, zip(*parts))) if parts else None, returns
+        over = [step for step in range(1, n) if domain.over(state[step])]
+        rewards.append(reward[: min(over, default=n)])
+    return Batch(*map(np.concatenate, zip(*parts))) if parts else None, rewards
 
 
 def load_hdf5(task: Task):
-    """All transitions of a D4RL file, and its episodes' returns. Row i is paired with row i + 1, as D4RL does.
+    """All transitions of a D4RL file, and each episode's rewards. As in D4RL, row i is paired with row i + 1.
 
     A timeout row is left out, as the next row belongs to another episode, and so is the last row.
     """
@@ -968,44 +1024,54 @@ def load_hdf5(task: Task):
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
     with h5py.File(task.data) as file:
-        rows = {key: np.asarray(file[key][()], np.float64) for key in keys if key in file}
+        rows = {key: np.asarray(file[key][()], float) for key in keys if key in file}
     if missing := [key for key in keys if key not in rows]:
         raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
     state, action, reward, terminal, timeout = rows.values()
-    n = reward.size
-    found = [array.shape for array in rows.values()]
-    expected = [(n, task.state_dim), (n, task.low.size), (n,), (n,), (n,)]
-    if found != expected:
-        raise UserError(f"{task.data} does not fit {task.spec.id}: its {keys} are {found}, not {expected}")
+    n, found = reward.size, [array.shape for array in rows.values()]
+    wanted = [(n, task.state_dim), (n, task.low.size), (n,), (n,), (n,)]
+    if found != wanted:
+        raise UserError(f"{task.data} does not fit {task.spec.id}: its {', '.join(keys)} are {found}, not {wanted}")
     keep = timeout[:-1] == 0
     columns = state[:-1], action[:-1], reward[:-1], state[1:], (terminal[:-1] != 0).astype(float)
     ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
     episodes = np.split(reward, ends)[: len(ends)] or [reward]  # the file may end within one
-    return Batch(*(column[keep] for column in columns)), [rewards[: task.played(rewards)].sum() for rewards in episodes]
+    return Batch(*(column[keep] for column in columns)), episodes
+
+
+def load_toy(task: Task, seed: int):
+    data = toy_data(seed, task.data)
+    return data, data.reward.reshape(-1, 2)
 
 
 def load_data(task: Task, args: Args) -> Batch:
-    """The data set as float32 tensors on the device: actions scaled to [-1, 1], rewards as the domain has them."""
+    """The data set as float32 tensors on the device: actions scaled to [-1, 1], rewards as the domain has them.
+
+    Fills in task.returns and, where the environment has no time limit, the longest recorded episode's length as one.
+    """
     name = task.dataset_id
     with refusing(f"{name} cannot be read", "see that it is whole, and not open elsewhere"):
         with quiet(), np.errstate(over="ignore"):
             if isinstance(task.data, float):
-                data = toy_data(args.seed, task.data)
-                returns = data.reward.reshape(-1, 2).sum(1)
+                data, rewards = load_toy(task, args.seed)
+            elif isinstance(task.data, Path):
+                data, rewards = load_hdf5(task)
             else:
-                data, returns = load_hdf5(task) if isinstance(task.data, Path) else load_minari(task)
+                data, rewards = load_minari(task)
     if data is None or len(data.reward) == 0:
         raise UserError(f"{name} is empty: it holds no transition")
     for column, values in data._asdict().items():
         if not (np.abs(values) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} has NaN or infinity among its {column} values")
+    if task.spec.max_episode_steps is None:
+        task.spec.max_episode_steps = max(map(len, rewards))
+        say(f"{task.spec.id} has no time limit: its episodes are cut after {task.spec.max_episode_steps} steps")
+    task.returns = np.array([reward[: task.spec.max_episode_steps].sum() for reward in rewards])
     low, high = task.low.ravel(), task.high.ravel()
     action = 2 * (data.action - low) / (high - low) - 1
     if (most := np.abs(action).max()) > 1 + 1e-3:
         raise UserError(f"{name} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
-    reward = DOMAINS[task.domain].reward(data.reward)
-    task.returns = np.array(returns)
-    data = data._replace(action=action.clip(-1, 1), reward=reward)
+    data = data._replace(action=action.clip(-1, 1), reward=DOMAINS[task.domain].reward(data.reward))
     return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
 
 
@@ -1051,7 +1117,7 @@ class Episode(gym.Wrapper):
 
     def __init__(self, env: gym.Env, task: Task):
         super().__init__(env)
-        self.layout = layout(task.space)
+        self.layout, self.over = layout(task.space), DOMAINS[task.domain].over
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (task.state_dim,))
 
     def reset(self, **kwargs):
@@ -1064,7 +1130,7 @@ class Episode(gym.Wrapper):
         if not self.ended:
             observation, reward, terminated, truncated, info = self.env.step(action)
             self.state = flatten(self.layout, observation)
-            self.ended = terminated or truncated
+            self.ended = terminated or truncated or bool(self.over(self.state))
         return self.state, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
 
 
@@ -1147,8 +1213,12 @@ COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "succe
 
 
 def run_folder(args: Args) -> Path:
-    name = args.env or args.dataset or "toy"
-    return Path(args.run_dir or f"runs/{name.replace('/', '-')}__{args.variant}__{args.seed}")
+    name = (args.env or args.dataset or "toy").replace("/", "-")
+    return Path(args.run_dir or f"runs/{name}__{args.variant}__{args.seed}").expanduser()
+
+
+def policy_file(args: Args) -> Path:
+    return Path(args.checkpoint or run_folder(args) / "policy.pt").expanduser()
 
 
 def load_file(path: Path, device="cpu") -> dict:
@@ -1159,7 +1229,7 @@ def load_file(path: Path, device="cpu") -> dict:
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError(f"{path} was made by another version of this program, which can read it")
-        saved["args"] = Args(**saved["args"])
+        saved["args"], saved["dataset_id"] = Args(**saved["args"]), str(saved["dataset_id"])
         return saved
 
 
@@ -1189,7 +1259,7 @@ class Captured:
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between two updates; a second one ends the program."""
+    """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between updates; a second one ends the program."""
     stops, previous = [], {}
 
     def stop(number, _):
@@ -1216,9 +1286,10 @@ class Run:
     def __init__(self, args: Args, folder: Path, task: Task, data: Batch):
         self.args, self.folder, self.task, self.data = args, folder, task, data
         action_dim, device = data.action.shape[1], args.device
-        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim)
-        self.about["checksum"] = zlib.crc32(b"".join(column.cpu().numpy().tobytes() for column in data))
-        torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+        checksum = 0
+        for column in data:
+            checksum = zlib.crc32(column.cpu().numpy(), checksum)
+        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim, data=checksum)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.agent = Agent(task.state_dim, action_dim, args, device)
@@ -1288,16 +1359,23 @@ class Run:
         text = json.dumps(content, indent=1) + "\n"
         write_whole(self.folder / name, lambda file: file.write(text.encode()))
 
+    def write_table(self):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
+
     def write_config(self):
         """config.json, and on the screen what is learned from and where."""
-        task, returns, here = self.task, self.task.returns, machine(self.args.device)
-        data = dict(episodes=len(returns), data_return=float(returns.mean()))
-        data["data_score"] = float(task.score(returns.mean()))
-        known = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id) | self.about
-        self.write_json("config.json", known | data | here)
-        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}, whose episodes")
-        say("  return {data_return:.2f}, a score of {data_score:.1f}".format(**data))
-        say(f"{self.args.variant} variant on {here['device_name']}, into {self.folder}")
+        task, here = self.task, machine(self.args.device)
+        mean = float(task.returns.mean())
+        data = dict(data_episodes=len(task.returns), data_return=mean, data_score=task.score(mean))
+        settings = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id)
+        self.write_json("config.json", settings | self.about | data | here)
+        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
+        say("its {data_episodes} episodes: mean return {data_return:.2f}, score {data_score:.1f}".format(**data))
+        say(f"variant {self.args.variant} on {here['device_name']}, into {self.folder}")
 
     def log(self, values: dict):
         """Values for TensorBoard, which must never cost a run."""
@@ -1316,12 +1394,14 @@ class Run:
         self.log({f"losses/{name}": value for name, value in losses.items()})
         words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
         bar.set_postfix_str(words)
-        rate = LOG_EVERY / (time.monotonic() - self.tick)
-        if self.step == self.first + 2 * LOG_EVERY:  # not from `first`: the first updates may compile
+        now, (then, step) = time.monotonic(), self.tick
+        rate = (self.step - step) / (now - then)
+        if self.spoke is None and step > self.first:  # not the first updates, which may compile
             say(f"{rate:.1f} updates a second: {self.to_go(rate)} to go, evaluations included")
-        elif bar.disable and time.monotonic() - self.spoke > SPEAK_EVERY:
+            self.spoke = now
+        elif self.spoke and bar.disable and now - self.spoke > SPEAK_EVERY:
             say(f"update {self.step}: {words}; {self.to_go(rate)} to go")
-            self.spoke = time.monotonic()
+            self.spoke = now
 
     def to_go(self, rate: float) -> str:
         """The time to the run's end, evaluations included: the last one's or, before it, a guess from one action."""
@@ -1335,32 +1415,33 @@ class Run:
         return tqdm.format_interval((args.num_steps - self.step) / rate + evaluations * self.evaluating)
 
     def evaluate(self, stops):
-        """Evaluates the policy and keeps what comes out, first of all in the checkpoint; nothing if it is stopped."""
+        """Evaluates the policy and keeps what comes out, the checkpoint last; nothing if it is stopped."""
         began = time.monotonic()
         result = evaluate(self.actor, self.envs, self.args.eval_episodes, self.args.seed, lambda: stops)
         if result is None:
             return
         self.evaluating = time.monotonic() - began
         measured = summary(self.task, result)
-        means = (self.totals[:-1] / self.totals[-1]).tolist()
-        row = dict(step=self.step) | measured | dict(zip(METRICS, means))
-        self.rows.append(row | dict(seconds=round(time.monotonic() - self.began, 1)))
+        means = dict(zip(METRICS, (self.totals[:-1] / self.totals[-1]).tolist()))
+        seconds = round(time.monotonic() - self.began, 1)
+        self.rows.append(dict(step=self.step) | measured | means | dict(seconds=seconds))
         self.totals.zero_()
         self.log(dict(score=measured["score_mean"]))
-        self.save()
-        write_whole(self.folder / "metrics.csv", lambda file: file.write(as_csv(self.rows)))
+        self.write_table()
         self.save_policy("policy.pt")
-        if measured["score_mean"] == max(row["score_mean"] for row in self.rows):
+        if measured["score_mean"] > max((row["score_mean"] for row in self.rows[:-1]), default=-math.inf):
             self.save_policy("policy-best.pt")
+        self.save()  # last: a run cut off before it evaluates again
         say(f"update {self.step}: {in_words(measured)}")
 
     def loop(self, envs) -> int:
         """Updates and evaluations to the end. Returns the exit status: 0, or 128 and the number of a signal."""
         from torch.utils.tensorboard import SummaryWriter
 
-        args, self.envs, self.first, self.evaluating = self.args, envs, self.step, None
+        args, self.envs, self.first, self.evaluating, self.spoke = self.args, envs, self.step, None, None
         self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.saved = self.spoke = self.tick = time.monotonic()
+        self.saved = time.monotonic()
+        self.tick = self.saved, self.step
         learn = Captured(self.learn) if args.device.startswith("cuda") else self.learn
         if args.compile:
             say("compiling, which takes half a minute or more")
@@ -1368,16 +1449,17 @@ class Run:
         with contextlib.closing(self.writer), bar, interruptible() as stops:
             while True:
                 at_end = self.step == args.num_steps
-                due = self.step > 0 and (at_end or self.step % args.eval_every == 0)
-                due = due and not (self.rows and self.rows[-1]["step"] == self.step)
+                evaluated = bool(self.rows) and self.rows[-1]["step"] == self.step
+                due = self.step > 0 and not evaluated and (at_end or self.step % args.eval_every == 0)
                 if self.step > self.first and (due or stops or self.step % LOG_EVERY == 0):
                     self.check(bar)
-                    if stops or time.monotonic() - self.saved > SAVE_EVERY:
+                    if time.monotonic() - self.saved > SAVE_EVERY:
                         self.save()
-                    self.tick = time.monotonic()
-                if due and not stops:
+                    if due and not stops:
+                        self.evaluate(stops)
+                    self.tick = time.monotonic(), self.step
+                elif due:
                     self.evaluate(stops)
-                    self.tick = time.monotonic()
                 if stops:
                     self.save()
                     say(f"stopped at update {self.step}: --resume goes on from there")
@@ -1395,14 +1477,6 @@ class Run:
         scores = dict(final=last["score_mean"], best=best["score_mean"], best_step=best["step"], steps=self.step)
         self.write_json("result.json", scores)
         say("final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores) + f"; see {self.folder}")
-
-
-def as_csv(rows: list[dict]) -> bytes:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return table.getvalue().encode()
 
 
 def train(args: Args) -> int:
@@ -1441,24 +1515,22 @@ def train(args: Args) -> int:
 
 
 def draw_curve(file, run: Run):
-    """A picture of score (for the toy, return) over updates; for the toy, the three panels of Figure 1."""
+    """A picture of score (for the toy, return) over updates; for the toy, between Figure 1's two other panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    args, task, toy = run.args, run.task, run.task.domain == "toy"
+    toy = run.task.domain == "toy"
+    measure, level = ("return", run.task.returns.mean()) if toy else ("score", run.task.score(run.task.returns.mean()))
     figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
-    curve = axes[0, 1] if toy else axes[0, 0]
-    measure = "return" if toy else "score"
-    steps, mean, std = (
-        np.array([row[name] for row in run.rows]) for name in ("step", f"{measure}_mean", f"{measure}_std")
-    )
-    curve.plot(steps, mean)
-    curve.fill_between(steps, mean - std, mean + std, alpha=0.2)
-    level = task.returns.mean() if toy else task.score(task.returns.mean())
+    curve = axes[0, len(axes[0]) // 2]
+    columns = "step", f"{measure}_mean", f"{measure}_std"
+    step, mean, std = np.array([[row[column] for column in columns] for row in run.rows]).T
+    curve.plot(step, mean)
+    curve.fill_between(step, mean - std, mean + std, alpha=0.2)
     curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
-    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{args.env}, seed {args.seed}")
+    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{run.args.env}, {run.args.seed}")
     curve.legend()
     if toy:
         draw_toy(axes[0, 0], axes[0, 2], run)
@@ -1468,33 +1540,40 @@ def draw_curve(file, run: Run):
 
 
 def draw_toy(left, right, run: Run):
-    """Figure 1's outer panels: the reward and the density of the data, and the learned Q at the start."""
+    """Figure 1: the reward beside the density of the data, and the learned Q of the first action."""
     x = np.linspace(-2, 2, 401)
     left.plot(x, ToyEnv.reward(x))
-    left.set(xlabel="state", ylabel="reward", title="Reward and data")
-    density = left.twinx()
-    density.hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
-    density.set(ylabel="density of the states in the data")
+    left.twinx().hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+    left.set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
     action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
     with torch.no_grad():
-        q = run.agent.critics(torch.zeros(201, 2).to(action), action).cpu()  # (M, 201)
-    action, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
-    right.plot(action, mean, label="mean of the ensemble, ± deviation")
-    right.fill_between(action, mean - std, mean + std, alpha=0.2)
-    right.plot(action, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
+        q = run.agent.critics(torch.zeros_like(action).expand(-1, 2), action).cpu()  # (M, 201)
+    x, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
+    right.plot(x, mean, label="mean of the ensemble, ± deviation")
+    right.fill_between(x, mean - std, mean + std, alpha=0.2)
+    right.plot(x, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
     right.set(xlabel="first action", title="Q at state 0")
     right.legend()
+
+
+def set_matmul_precision(args: Args):
+    """The process's precision of float32 products, and on a CPU the library that makes them.
+
+    "medium" sends them from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN. That may then round
+    factors to bfloat16, but does so only with AMX instructions or on ARM; everywhere else the products stay float32.
+    """
+    exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+    on_cpu = "medium" if exact and args.device == "cpu" else "highest"
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else on_cpu)
 
 
 def machine(device: str) -> dict:
     """What config.json says of the machine."""
     packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
     versions = {name: importlib.metadata.version(name) for name in packages}
-    versions["python"] = sys.version.split()[0]
-    name = f"CPU ({torch.get_num_threads()} threads)"
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    return dict(device_name=name, versions=versions)
+    cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
+    return dict(device_name=name, versions=versions | dict(python=sys.version.split()[0]))
 
 
 # ==== 11. Trained policies, and the command line ======================================================================
@@ -1509,7 +1588,8 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
         agent = Agent(about["state_dim"], about["action_dim"], args, device)
         for part in ("policy", "critics_target"):
             getattr(agent, part).load_state_dict(saved["agent"][part])
-        actor = Actor(agent, saved["layout"], saved["low"], saved["high"])
+        low, high = np.array([saved["low"], saved["high"]])  # of one shape
+        actor = Actor(agent, saved["layout"], low, high)
         actor(np.zeros(about["state_dim"]))  # what does not fit together shows here
         return actor
 
@@ -1528,10 +1608,6 @@ def evaluate_only(args: Args) -> int:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
     return 0
-
-
-def policy_file(args: Args) -> Path:
-    return Path(args.checkpoint or run_folder(args) / "policy.pt")
 
 
 # Settings that a resumed or evaluated run may change, as they do not change what it learns or learned.
@@ -1596,10 +1672,11 @@ def parse(argv: list[str]) -> Args:
     """
     given = read_words([word for word in argv if word not in ("-h", "--help")], Args(env=""))
     default = saved_settings(given) if given.resume or given.eval_only else None
-    args = read_words(argv, default or preset(given.env or given.dataset or "toy"))
+    args = read_words(argv, default or preset(given.env or given.dataset or "toy", given.variant))
+    free = (FREE | {"seed"} if given.eval_only else FREE) if default else vars(args)
     for name, value in dataclasses.asdict(args).items():
         flag = "--" + name.replace("_", "-")
-        if default and name not in FREE and value != getattr(default, name) and (name, given.eval_only) != ("seed", True):
+        if name not in free and value != getattr(default, name):
             raise UserError(f"the run was made with {flag} {getattr(default, name)}, not {value}: give the same")
         if name in LEAST and not LEAST[name] <= value < math.inf:
             raise UserError(f"{flag} is {value} but must be at least {LEAST[name]}")
@@ -1610,6 +1687,11 @@ def parse(argv: list[str]) -> Args:
     steps = 3 if args.variant == "released" else 2  # the entropy term of `released` uses the times 1, 2, T
     if args.num_diffusion_steps < steps:
         raise UserError(f"--num-diffusion-steps is {args.num_diffusion_steps} but must be at least {steps} here")
+    if args.variant == "debruijn" and args.loss == "likelihood":
+        problem = "--loss likelihood does not go with --variant debruijn"
+        raise UserError(f"{problem}, which needs E[eps | x_t]: give --loss noise or --loss posterior")
+    if args.q_time is not None and not 1 <= args.q_time <= args.num_diffusion_steps:
+        raise UserError(f"--q-time is {args.q_time} but must be a diffusion time, 1 to {args.num_diffusion_steps}")
     if args.seed >= 2**63:
         raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
@@ -1627,6 +1709,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit status (`--help` raises SystemExit)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        set_matmul_precision(args)
         return evaluate_only(args) if args.eval_only else train(args)
     except UserError as error:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines

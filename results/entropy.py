@@ -1,17 +1,25 @@
-"""The entropy term of Eq. 15: what its estimate follows, what it does to a policy, and how large its gradient is.
+"""The entropy term of Eq. 15: what it follows, what it does to a policy, its gradient; and one that measures entropy.
 
     python results/entropy.py                                       # writes entropy.png and entropy.md beside this file
     python results/entropy.py --checkpoint runs/NAME/checkpoint.pt  # (c) for that run, on its data: entropy-trained.md
+    python results/entropy.py --toy                                 # small runs over alpha: entropy-toy.md
     python results/entropy.py --out FOLDER
 
 (a) The estimate, -log p of Eq. 14, as `erdp.policy_loss` computes it, beside the entropy that it stands for, where both
 the distribution and the noise E(eps | x_t) are known exactly. (b) Small policies trained by noise matching with that
-term and without Q: the spread of their samples. (c) The gradient of each term of Eq. 15 in the policy's weights.
+term and without Q: the spread of their samples. (c) The gradient of each term of Eq. 15 in the policy's weights. (d)
+The term by de Bruijn's identity: its estimate on finer grids, and over alpha, for the policies that minimise the loss
+without Q, beside the entropy of their samples.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import math
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -22,7 +30,7 @@ from pages import start, table
 
 import erdp
 
-VARIANTS = "paper", "released"
+VARIANTS = "paper", "released", "debruijn"
 MODE_WIDTH = 0.1
 GAUSSIANS = {f"Gaussian, deviation {width:g}": ([0.0], width) for width in (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)}
 MIXTURES = {f"modes at ±{mode:g}": ([-mode, mode], MODE_WIDTH) for mode in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8)}
@@ -32,6 +40,13 @@ ALPHAS = 0.01, 0.1, 1.0, 10.0
 TARGET = [0.0], 0.3  # of (b)
 SEEDS, UPDATES = range(3), 1_500  # a seed's runs differ in nothing but alpha and variant
 STATE_DIM, ACTION_DIM = 31, 8  # of (c): AntMaze's
+FINER = 5, 20, 100, 500  # T of (d)
+SHOWN = 0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 1.0, 3.0  # alphas of (d)
+SEARCHED = np.geomspace(0.01, 10, 61)  # alphas among which (d) finds that of the largest entropy
+BINS = 100  # of the histogram on [-1, 1] that (d) takes the samples' entropy from
+TARGETS = {"Gaussian, deviation 0.3": ([0.0], 0.3), "modes at ±0.5": ([-0.5, 0.5], MODE_WIDTH)}  # of (d)
+TIMES = {"t = 1, 2": False, "all": True}  # of (d): whether the late times are kept
+TOY_ALPHAS, TOY_SEEDS = (0.0, 0.03, 0.1), range(100, 105)
 BATCHES = 20  # over which (c) takes the mean of its norms
 
 
@@ -59,7 +74,7 @@ def true_entropy(modes, width) -> float:
 
 
 def estimates(modes, width) -> list[float]:
-    """Of one target: true entropy, that of the sampler's output at T = 5, and Eq. 14's estimate for each variant."""
+    """Of one target: true entropy, that of the sampler's output at T = 5, and the estimate of each variant."""
     sde, generator = erdp.MeanRevertingSDE(dtype=torch.float64), torch.Generator().manual_seed(0)
     action = torch.as_tensor(quantiles(modes, width, ROWS))[:, None]
 
@@ -100,12 +115,15 @@ def expected_deviation(variant: str, alpha: float) -> str:
     """What variant "paper" should make of TARGET, unclamped, as its -log p is all but eps_hat^2 / 2 and a constant.
 
     Then the loss at x_t, E (eps_hat - eps)^2 - alpha eps_hat^2 / 2, is least at E(eps | x_t) / (1 - alpha / 2), and has
-    no minimum from alpha = 2 on.
+    no minimum from alpha = 2 on. In A dimensions these are 1 - A alpha / 2 and 2 / A: L_diff is a mean over them and
+    log p a sum. Variant "debruijn" has a minimiser in closed form, `widened`.
     """
     sde = erdp.MeanRevertingSDE(dtype=torch.float64)
     exact = predictor(sde, *TARGET)
     if variant == "released":
         return ""
+    if variant == "debruijn":
+        return f"{closed_form_deviation(optimal, sde, widened(sde, TARGET, alpha)):.3g}"
     if alpha >= 2:
         return "no minimum"
     return f"{closed_form_deviation(optimal, sde, lambda *x: exact(*x) / (1 - alpha / 2)):.3g}"
@@ -189,13 +207,149 @@ def trained_agent(path: Path):
 
 
 def gradients(name: str, agent, data):
-    """The lines of (c)'s table for one agent: both variants with alpha = 0.01."""
+    """The lines of (c)'s table for one agent: each variant with its default alpha."""
     for variant in VARIANTS:
-        args = dataclasses.replace(agent.args, variant=variant, entropy_coef=0.01)
+        alpha = erdp.DEBRUIJN_ALPHA if variant == "debruijn" else 0.01
+        args = dataclasses.replace(agent.args, variant=variant, entropy_coef=alpha)
         *norms, cosine = term_norms(agent, data, args)
         shares = [f"{norm:.3g} ({norm / sum(norms):.2%})" for norm in norms]
         factor = f"{weight(agent, data, args):.2g}" if variant == "paper" else ""
         yield [name, len(agent.critics.biases[0]), f"{args.eta:g}", variant, factor, *shares, f"{cosine:.2f}"]
+
+
+# ---- (d) a term that measures entropy --------------------------------------------------------------------------------
+
+def sde_of(T: int = 5, all_times: bool = False):
+    """An SDE in float64, whose `erdp.entropy_weights` leave out the late times or not."""
+    sde = erdp.MeanRevertingSDE(T, dtype=torch.float64)
+    sde.last_time = T if all_times else sde.last_time
+    return sde
+
+
+def widened(sde, target, alpha: float):
+    """The minimiser of L_diff (Eq. 5) - alpha H-hat / A without Q: the exact noise of `target` / (1 + alpha T w_t).
+
+    At x_t the loss of one dimension is E (eps_hat - eps)^2 + alpha T w_t eps_hat^2 and a constant.
+    """
+    exact, divisor = predictor(sde, *target), 1 + alpha * sde.num_steps * erdp.entropy_weights(sde)
+    return lambda x_t, t, state: exact(x_t, t, state) / divisor[t - 1, None]
+
+
+def h_hat(sde, network, target) -> float:
+    """`erdp.entropy_estimate` at noised actions of `target`, whose quantiles at each t stand for its law: no noise."""
+    modes, width = target
+    values = []
+    for t in range(1, sde.num_steps + 1):
+        scale, var = sde.transition(0, t)
+        spread = (scale**2 * width**2 + var).sqrt()
+        x_t = torch.as_tensor(quantiles(float(scale) * np.array(modes), float(spread)))[:, None]
+        times = torch.full((len(x_t),), t)
+        values.append(float(erdp.entropy_estimate(sde, network(x_t, times, None), times).mean()))
+    return float(np.mean(values))
+
+
+def least_h_hat(T: int) -> float:
+    """H-hat of one point with its exact noise, ||E(eps | x_t)||^2 = ||eps||^2; no action set in [-1, 1] has less."""
+    sde = sde_of(T)
+    var = sde.transition(0, torch.arange(1, T + 1))[1][:, 0]
+    return float(0.5 * math.log(2 * math.pi * math.e) - (erdp.entropy_weights(sde) * (1 - var)).sum())
+
+
+class Spread(NamedTuple):
+    """Of samples in [-1, 1]: entropy of their histogram, standard deviation, share on the bounds."""
+
+    entropy: float
+    deviation: float
+    on_bounds: float
+
+
+def sampled(network, sde, clip: bool, rows: int = ROWS) -> Spread:
+    """Of T steps of sampling, x0-hat clipped or not. The finished sample is clamped, as the policy's always is."""
+    noise = gaussian(sde.num_steps, rows, 1, seed=3)
+    a = erdp.sample_actions(network, sde, None, noise, clip, clip_sample=True)[:, 0].numpy()
+    share = np.histogram(a, BINS, (-1, 1))[0] / rows
+    entropy = scipy.special.entr(share).sum() + np.log(2 / BINS)
+    return Spread(entropy, a.std(), (np.abs(a) == 1).mean())
+
+
+class Widening(NamedTuple):
+    """Over SHOWN: H-hat, and samples with and without clip; the alphas (clip, no clip) of the largest entropy."""
+
+    h_hat: list[float]
+    clipped: list[Spread]
+    free: list[Spread]
+    best: list[float]
+
+
+def widening(target, all_times: bool) -> Widening:
+    sde = sde_of(all_times=all_times)
+    networks = [widened(sde, target, alpha) for alpha in SHOWN]
+    clipped, free = ([sampled(network, sde, clip) for network in networks] for clip in (True, False))
+    best = []
+    for clip in (True, False):
+        entropies = [sampled(widened(sde, target, alpha), sde, clip, ROWS // 5).entropy for alpha in SEARCHED]
+        best.append(float(SEARCHED[np.argmax(entropies)]))
+    return Widening([h_hat(sde, network, target) for network in networks], clipped, free, best)
+
+
+def own_samples(alpha: float) -> tuple[float, Spread]:
+    """H-hat and the samples (x0-hat clipped) of a policy on TARGET whose term is taken at its own noised samples.
+
+    All is linear: eps_hat = k_t x_t, where k_t minimises E (k x_t - eps)^2 over the data + alpha T w_t E (k x_t)^2 over
+    the samples, which follow from k_t: a fixed point.
+    """
+    sde, (_, width) = sde_of(), TARGET
+    times = torch.arange(1, sde.num_steps + 1)
+    scale, var = (column[:, 0] for column in sde.transition(0, times))
+    weights, of_data = erdp.entropy_weights(sde), scale**2 * width**2 + var  # E x_t^2 of noised data
+    deviation = width
+    for _ in range(40):
+        of_samples = scale**2 * deviation**2 + var
+        k = var.sqrt() / (of_data + alpha * sde.num_steps * weights * of_samples)
+        spread = sampled(lambda x_t, t, state: k[t - 1, None] * x_t, sde, True, ROWS // 5)  # noqa: B023
+        deviation = (deviation + spread.deviation) / 2
+    estimate = 0.5 * math.log(2 * math.pi * math.e) - (weights * (k**2 * of_samples - var)).sum()
+    return float(estimate), spread
+
+
+# ---- small runs ------------------------------------------------------------------------------------------------------
+
+def toy(alpha: float, seed: int) -> tuple[float, float]:
+    """Scores of a toy run of variant "debruijn" after its last update: acting by the best of 50, and plain samples."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        settings = dict(seed=seed, variant="debruijn", entropy_coef=alpha, eval_every=4000, run_dir=f"{folder}/run")
+        args = erdp.parse([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()])
+        args = dataclasses.replace(args, device="cpu", compile=False, precision="float32")
+        erdp.train(args)
+        task, path = erdp.open_task(args), Path(args.run_dir) / "policy.pt"
+        with contextlib.closing(erdp.make_envs(task, args.eval_episodes)) as envs:
+            actors = [erdp.load_policy(path, candidates=candidates) for candidates in (args.eval_candidates, 1)]
+            results = [erdp.evaluate(actor, envs, args.eval_episodes, seed) for actor in actors]
+    return tuple(erdp.summary(task, result)["score_mean"] for result in results)
+
+
+def toy_markdown(scores: np.ndarray) -> str:
+    """scores (alphas, seeds, 2) of `toy`."""
+    change = scores - scores[:1]
+    error = change.std(1, ddof=1) / np.sqrt(len(TOY_SEEDS))
+    rows = []
+    for i, alpha in enumerate(TOY_ALPHAS):
+        line = [f"{alpha:g}"]
+        for way in range(2):
+            runs = ", ".join(f"{score:.1f}" for score in scores[i, :, way])
+            line += [f"{scores[i, :, way].mean():.1f}", runs]
+            line.append(f"{change[i, :, way].mean():+.1f} ± {error[i, way]:.1f}" if i else "")
+        rows.append(line)
+    measures = "mean", "each seed", "against alpha 0"
+    header = [f"{way}: {measure}" for way in ("best of 50", "plain samples") for measure in measures]
+    return f"""# Small runs with the entropy term by de Bruijn's identity
+
+`python results/entropy.py --toy`: the toy, `--variant debruijn`, M = 8, 4,000 updates, seeds {TOY_SEEDS[0]} to
+{TOY_SEEDS[-1]}. Score (percent of the best return) after the last update, over 100 episodes, acting by softmax over the
+value of 50 samples and by plain samples. Against alpha = 0: mean over seeds of the difference, ± its standard error.
+
+{table(["alpha", *header], rows)}
+"""
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
@@ -205,14 +359,95 @@ def shares(norms: list) -> str:
     columns = ["networks", "M", "eta", "variant", "lambda alpha", "diffusion", "Q", "entropy", "cosine"]
     return f"""\
 Norm of each term's gradient in the policy's weights, and its share of the sum of the three norms; mean over
-{BATCHES} batches of 256; alpha = 0.01. lambda alpha: the weight of log p in variant "paper", the alpha of (b).
-Cosine: between the gradients of entropy and diffusion term.
+{BATCHES} batches of 256; alpha = 0.01, in variant "debruijn" {erdp.DEBRUIJN_ALPHA:g}. lambda alpha: the weight of log p
+in variant "paper", the alpha of (b); from 2 / A on, in A action dimensions, its loss has no minimum. Cosine: between
+the gradients of entropy and diffusion term.
 
 {table(columns, norms)}
 """
 
 
-def markdown(estimated: dict, spreads: dict, norms: list) -> str:
+def right_term(finer: dict, widenings: dict, own: dict) -> str:
+    """(d): text and tables."""
+    sde, within = sde_of(), erdp.GAUSSIAN_WITHIN
+    bound = -0.5 * math.log(float(sde.transition(0, sde.last_time)[1]))
+    share = 1 - float(erdp.entropy_weights(sde).sum() / erdp.entropy_weights(sde_of(all_times=True)).sum())
+    growth = ", ".join(f"{float(sde.predict_x0(0.0, t, -1.0)):.3g}" for t in range(1, 6))
+    grids = [[name, *(f"{value:.3f}" for value in values)] for name, values in finer.items()]
+    rows = []
+    for (target, times), w in widenings.items():
+        for alpha, estimate, *both in zip(SHOWN, w.h_hat, w.clipped, w.free, strict=True):
+            cells = [(f"{s.entropy:.2f}", f"{s.deviation:.2f}", f"{s.on_bounds:.1%}") for s in both]
+            rows.append([target, times, f"{alpha:g}", f"{estimate:.2f}", *cells[0], *cells[1]])
+    best = [[*names, *(f"{alpha:.2g}" for alpha in w.best)] for names, w in widenings.items()]
+    used, *_ = TIMES
+    lowest = min(alpha for (_, times), w in widenings.items() if times == used for alpha in w.best)
+    of_data, by_own = widenings[next(iter(TARGETS)), used], []
+    for alpha, (estimate, spread) in own.items():
+        i = SHOWN.index(alpha)
+        values = of_data.h_hat[i], *of_data.clipped[i][:2], estimate, *spread[:2]
+        by_own.append([f"{alpha:g}", *(f"{value:.2f}" for value in values)])
+    header = [f"{c}: {m}" for c in ("clipped", "not clipped") for m in ("entropy", "deviation", "on the bounds")]
+    return f"""\
+## (d) A term that measures entropy
+
+Over s = theta_bar the SDE of Eq. 1 obeys de Bruijn's identity, dH(x_s)/ds = E||grad log p_s||^2 - A. With the score
+-E(eps given x_s) / std_s (Eq. 30), x_T standard Gaussian and the network's prediction for E(eps given x_t), the grid
+gives
+
+    H-hat = A/2 log(2 pi e) - sum over t of w_t (||eps_phi(x_t, t)||^2 - var_t A),   w_t = theta'_t / var_t.
+
+One t a row, as the diffusion loss draws it, times T, is an unbiased estimate of the sum at no cost. A *smaller*
+predicted noise is a larger entropy: the term of `paper`, eps_phi^2 / 2, has the opposite sign. `--variant debruijn` has
+the loss L_diff - lambda Q^LCB - alpha H-hat / A.
+
+What it is and is not. It is taken at noised *data* actions. With the exact predictor it is the data's conditional
+entropy, up to the grid's error; for a policy q that Q or alpha has moved away from the data p it is
+2 H(q) - CE(p, q), exactly so for Gaussians: it also pulls back to the data, and at q = p its gradient is twice that of
+H(q). (a) has its values at T = 5, which rank Gaussians and modes moving apart rightly and do not change as a Gaussian
+moves. They are too large, as each step of the grid takes E||E(eps given x_t)||^2 / var_t at its end, where it is
+smallest for these targets; a finer grid brings them to the truth. By quadrature:
+
+{table(["target", "true", *(f"T = {T}" for T in FINER)], grids)}
+
+The last line is the least that any actions have: E||E(eps given x_t)||^2 is at most E||eps||^2 = A.
+
+**Late times are left out.** H(x_t) is at least that of x_t given x_0, A/2 log(2 pi e var_t), so that x_t is standard
+Gaussian to within -1/2 log var_t nats a dimension for any actions in [-1, 1]. The sum ends at the last t where this is
+still {within:g} or more, which is var_t <= {math.exp(-2 * within):.3f} (t = 1 is always used): for T = 5 at
+t = {sde.last_time}, with {bound:.2f} nats. The sum of w_t var_t over the times used is their theta_bar. The times left
+out would change H-hat by 0.03 nats a dimension at most, but they have {share:.0%} of the weight, and Eq. 8 multiplies
+an error of the noise by {growth} at t = 1..5.
+
+Without Q the minimiser (Eq. 5) is the exact noise divided by 1 + alpha T w_t. {ROWS:,} samples of it, one dimension,
+T = 5, finished samples clamped to [-1, 1] as always; clipped: x0-hat is too, in each step (Table 4's action clip).
+Entropy: of their histogram of {BINS} bins on [-1, 1], at most log 2 = {math.log(2):.2f}.
+
+{table(["target", "times", "alpha", "H-hat", *header], rows)}
+
+Deviation and H-hat rise with alpha without end; the samples' entropy rises up to these alphas, and falls beyond, as the
+samples pile up on the bounds:
+
+{table(["target", "times", "up to, clipped", "up to, not clipped"], best)}
+
+With late times left out the entropy of the samples rises up to alpha = {lowest:.2g} at least. The default,
+{erdp.DEBRUIJN_ALPHA:g}, is the largest of 0.01, 0.03, 0.1, 0.3, 1 up to that with which the toy is not behind alpha = 0
+by more than a standard error, neither acting by the best of 50 nor by plain samples ([entropy-toy.md](entropy-toy.md)).
+
+Not taken up: (1) The policy's own samples, noised, in place of data actions, which is one more pass of the network.
+Their H-hat is no nearer to the samples' entropy (at alpha = 0 it is even larger, where the samples are narrower than
+the data), and large alphas give less entropy. Gaussian, x0-hat clipped, both minimisers:
+
+{table(["alpha", *(f"{where}: {m}" for where in ("data", "own") for m in ("H-hat", "entropy", "deviation"))], by_own)}
+
+(2) An alpha learnt as in SAC, towards a target for H-hat of at most A log 2, the entropy of uniform actions. At T = 5
+whatever the data has an H-hat of {least_h_hat(5):.2f} a dimension or more, above log 2 = {math.log(2):.2f}: at q = p
+alpha would go to 0. It falls below where the policy has left the data, by CE(p, q), and so would answer to a move of
+the policy and not to its narrowness.
+"""
+
+
+def markdown(estimated: dict, spreads: dict, norms: list, right: str) -> str:
     rows = [[name, *(f"{value:.3f}" for value in values)] for name, values in estimated.items()]
     groups = {"Gaussians": GAUSSIANS, "modes": MIXTURES, "moved Gaussian": MOVED, "all": estimated}
     ranks = []
@@ -220,7 +455,7 @@ def markdown(estimated: dict, spreads: dict, norms: list) -> str:
         true, *others = np.array([estimated[name] for name in names]).T
         rank = [f"{scipy.stats.spearmanr(true, x).statistic:.2f}" if np.ptp(true) > 1e-6 else "" for x in others]
         ranks.append([group, *rank, *(f"{np.ptp(x):.3f}" for x in (true, *others))])
-    kinds = "true", "sampler", "estimate, paper", "estimate, released"
+    kinds = "true", "sampler", *(f"estimate, {variant}" for variant in VARIANTS)
     policies = []
     for (variant, alpha), runs in spreads.items():
         with np.errstate(invalid="ignore"):  # the deviation of infinities
@@ -239,7 +474,8 @@ def markdown(estimated: dict, spreads: dict, norms: list) -> str:
 
 One action dimension; the predictor knows the noise E(eps given x_t) exactly. True: differential entropy of the target.
 Sampler: that of {ROWS:,} unclipped samples (Eq. 10). Estimate: mean of -log p (Eq. 14) over {ROWS:,} rows, as
-`policy_loss` computes it, at t uniform on 1..5. The modes are equally likely, each of deviation {MODE_WIDTH}.
+`policy_loss` computes it, at t uniform on 1..5; variant `debruijn` has H-hat of (d) in its place. The modes are equally
+likely, each of deviation {MODE_WIDTH}.
 
 {table(["target", *kinds], rows)}
 
@@ -255,7 +491,9 @@ A network of three hidden layers of 64, {UPDATES:,} updates on diffusion loss (E
 {true_entropy(*TARGET):.3f}. T = 5 samples, x0-hat and sample clamped to [-1, 1] (Table 4's action clip) or neither;
 entropy -inf: samples heaped on single points. Mean ± deviation over {len(SEEDS)} seeds; the runs of a seed have the
 same data and noise. Change: against alpha = 0 with the same seed. Expected: deviation, not clamped, of the exact noise
-divided by 1 - alpha / 2, which minimises the loss of variant "paper" if -log p is eps_phi^2 / 2 and a constant.
+divided by 1 - alpha / 2, which minimises the loss of variant "paper" if -log p is eps_phi^2 / 2 and a constant (in A
+dimensions 1 - A alpha / 2, as the diffusion loss is a mean over them and log p a sum: it has no minimum from 2 / A on);
+for variant "debruijn" of that divided by 1 + alpha T w_t.
 
 {table(["variant", "alpha", *header, "expected"], policies)}
 
@@ -265,41 +503,65 @@ Networks as initialised, with AntMaze's sizes (state {STATE_DIM}, action {ACTION
 (Gaussian states, uniform actions): Q is near 0, and lambda, which divides by its magnitude, large. Trained networks are
 in [entropy-trained.md](entropy-trained.md).
 
-{shares(norms)}"""
+{shares(norms)}
+{right}"""
 
 
-def draw(estimated: dict, spreads: dict, path: Path):
+def draw(estimated: dict, spreads: dict, widenings: dict, path: Path):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.3))
-    axes[1].sharey(axes[0])
-    for panel, column, variant in ((axes[0], 2, "paper"), (axes[1], 3, "released")):
+    figure, ((*measured, made), panels) = plt.subplots(2, 4, figsize=(20, 8.6))
+    measured[1].sharey(measured[0])
+    for panel, column, variant in zip(measured, (2, 3, 4), VARIANTS, strict=True):
         labels = "Gaussians of growing deviation", "two modes moving apart", "one narrow Gaussian moving away from 0"
         for names, label in zip((GAUSSIANS, MIXTURES, MOVED), labels, strict=True):
             panel.plot(*zip(*((estimated[n][0], estimated[n][column]) for n in names), strict=True), "o-", label=label)
-        panel.set(xlabel="true entropy", ylabel="estimate, -log p", title=f"(a) what the term measures, {variant}")
-        panel.legend(fontsize=8, loc="lower left" if variant == "paper" else "upper right")
+        estimate = "H-hat" if variant == "debruijn" else "-log p"
+        panel.set(xlabel="true entropy", ylabel=f"estimate, {estimate}", title=f"(a) what the term measures, {variant}")
+        panel.legend(fontsize=8, loc="upper right" if variant == "released" else "best")
     for variant in VARIANTS:
         runs = [spreads["none", 0.0], *(spreads[variant, alpha] for alpha in ALPHAS)]
         mean, error = [r[:, 0].mean() for r in runs], [r[:, 0].std() for r in runs]
-        axes[2].errorbar(range(len(runs)), mean, error, fmt="o-", capsize=3, label=variant)
-    axes[2].axhline(TARGET[1], color="0.4", linestyle="--", label=f"the data: {TARGET[1]}")
-    axes[2].set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
-    axes[2].set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) what it makes")
-    axes[2].legend()
+        made.errorbar(range(len(runs)), mean, error, fmt="o-", capsize=3, label=variant)
+    made.axhline(TARGET[1], color="0.4", linestyle="--", label=f"the data: {TARGET[1]}")
+    made.set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
+    made.set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) what it makes")
+    made.legend()
+    for column, target in enumerate(TARGETS):
+        entropies, bounds = panels[2 * column : 2 * column + 2]
+        for times, colour in zip(TIMES, ("tab:blue", "tab:orange"), strict=True):
+            w = widenings[target, times]
+            for kind, line in (("clipped", "o-"), ("free", "o--")):
+                label = f"{times}, x0-hat {'clipped' if kind == 'clipped' else 'not clipped'}"
+                spread = getattr(w, kind)
+                entropies.plot(range(len(SHOWN)), [s.entropy for s in spread], line, color=colour, label=label)
+                bounds.plot(range(len(SHOWN)), [s.on_bounds for s in spread], line, color=colour, label=label)
+            entropies.plot(range(len(SHOWN)), w.h_hat, ":", color=colour, label=f"{times}: H-hat")
+        entropies.axhline(math.log(2), color="0.6", linewidth=1, label="log 2, uniform")
+        entropies.set(ylim=(-3.5, 2.5), ylabel="entropy of samples", title=f"(d) debruijn, {target}")
+        bounds.set(ylabel="share on the bounds", title=f"(d) debruijn, {target}")
+        for panel in (entropies, bounds):
+            panel.set_xticks(range(len(SHOWN)), [f"{alpha:g}" for alpha in SHOWN])
+            panel.set_xlabel("alpha")
+            panel.legend(fontsize=7, loc="lower left" if panel is entropies else "upper left")
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="(c) alone, for these checkpoints")
+    parser.add_argument("--toy", action="store_true", help="the small runs alone")
     args = start(parser)
     folder = args.out
+    if args.toy:
+        scores = np.array([[toy(alpha, seed) for alpha in TOY_ALPHAS] for seed in TOY_SEEDS])
+        (folder / "entropy-toy.md").write_text(toy_markdown(scores.swapaxes(0, 1)))
+        return
     try:
         agents = [trained_agent(path) for path in args.checkpoint]
     except erdp.UserError as error:
@@ -316,8 +578,16 @@ def main():
         policies = [trained(alpha, variant, seed) for seed in SEEDS]
         spreads[variant, alpha] = np.array([spread(p, True) + spread(p, False) for p in policies])
     norms = list(gradients("untrained, made-up data", *fresh_agent()))
-    draw(estimated, spreads, folder / "entropy.png")
-    (folder / "entropy.md").write_text(markdown(estimated, spreads, norms))
+    finer = {}
+    for name in ("Gaussian, deviation 0.1", "Gaussian, deviation 0.3", "Gaussian, deviation 1", *list(MIXTURES)[3:6]):
+        target = (GAUSSIANS | MIXTURES)[name]
+        grids = [h_hat(sde, predictor(sde, *target), target) for sde in map(sde_of, FINER)]
+        finer[name] = [true_entropy(*target), *grids]
+    finer["a single point"] = [-math.inf, *map(least_h_hat, FINER)]
+    widenings = {(name, t): widening(target, late) for name, target in TARGETS.items() for t, late in TIMES.items()}
+    own = {alpha: own_samples(alpha) for alpha in SHOWN if alpha not in (0.01, 0.2)}
+    draw(estimated, spreads, widenings, folder / "entropy.png")
+    (folder / "entropy.md").write_text(markdown(estimated, spreads, norms, right_term(finer, widenings, own)))
 
 
 if __name__ == "__main__":
