@@ -25,6 +25,7 @@ import numpy as np
 import scipy.special
 import scipy.stats
 import torch
+from diagnose import BATCHES, batches, gradient, load
 from known_noise import closed_form_deviation, gaussian, optimal, predictor, quantiles
 from pages import start, table
 
@@ -47,7 +48,6 @@ BINS = 100  # of the histogram on [-1, 1] that (d) takes the samples' entropy fr
 TARGETS = {"Gaussian, deviation 0.3": ([0.0], 0.3), "modes at ±0.5": ([-0.5, 0.5], MODE_WIDTH)}  # of (d)
 TIMES = {"t = 1, 2": False, "all": True}  # of (d): whether the late times are kept
 TOY_ALPHAS, TOY_SEEDS = (0.0, 0.03, 0.1), range(100, 105)
-BATCHES = 20  # over which (c) takes the mean of its norms
 
 
 def flat_critics(state, action, frozen: bool = False):
@@ -80,7 +80,7 @@ def estimates(modes, width) -> list[float]:
 
     network = predictor(sde, modes, width)
     sample = optimal(network, sde, gaussian(6, ROWS, 1, seed=1))
-    terms = [policy_terms(network, sde, action, erdp.Args(variant=v), generator)[-1] for v in VARIANTS]
+    terms = [policy_terms(network, sde, action, erdp.Args(variant=v), generator)["entropy"] for v in VARIANTS]
     return [true_entropy(modes, width), scipy.stats.differential_entropy(sample[:, 0]), *map(float, terms)]
 
 
@@ -97,8 +97,8 @@ def trained(alpha: float, variant: str, seed: int):
     for _ in range(UPDATES):
         mode = torch.tensor(modes)[torch.randint(len(modes), (256,), generator=generator)]
         action = (mode + width * torch.randn(256, generator=generator))[:, None]
-        loss, *_ = policy_terms(policy, sde, action, args, generator)
-        erdp.descend(loss, policy, optimizer, grad_norm=4.0)
+        loss = policy_terms(policy, sde, action, args, generator)["policy_loss"]
+        erdp.optimizer_step(loss, policy, optimizer, grad_norm=4.0)
     return policy
 
 
@@ -131,11 +131,6 @@ def expected_deviation(variant: str, alpha: float) -> str:
 
 # ---- (c) its share of the gradient -----------------------------------------------------------------------------------
 
-def gradient(loss, module):
-    """The gradient of `loss` in the weights of `module`, as one vector."""
-    return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(module.parameters()))])
-
-
 def terms_of_eq15(agent, batch, noise, q_data, args):
     """The diffusion, Q and entropy term of one batch: values (3,), and gradients in the policy's weights (3, P).
 
@@ -145,24 +140,16 @@ def terms_of_eq15(agent, batch, noise, q_data, args):
     losses, gradients = [], []
     for changes in (dict(eta=0.0, entropy_coef=0.0), dict(entropy_coef=0.0), {}):
         changed = dataclasses.replace(args, **changes)
-        loss, *_ = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, changed)
+        loss = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, changed)["policy_loss"]
         losses.append(loss.detach())
         gradients.append(gradient(loss, agent.policy))
     return tuple(torch.diff(torch.stack([x[0] * 0, *x]), dim=0) for x in (losses, gradients))
 
 
-def drawn(data, args, batches: int):
-    """That many batches of the data, each with its noise, whose buffers the next one fills; always the same ones."""
-    generator, noise = torch.Generator().manual_seed(0), erdp.empty_noise(args, data.action.shape[1], "cpu")
-    for _ in range(batches):
-        erdp.draw(noise, len(data.reward), generator)
-        yield erdp.Batch(*(column[noise.rows] for column in data)), noise
-
-
-def term_norms(agent, data, args, batches: int = BATCHES):
+def term_norms(agent, data, args, count: int = BATCHES):
     """Mean norms of the gradients of diffusion, Q and entropy term, and mean cosine of the last with the first."""
     result = []
-    for batch, noise in drawn(data, args, batches):
+    for batch, noise in batches(data, args, count):
         with torch.no_grad():
             q_data = agent.critics(batch.state, batch.action)
         _, gradients = terms_of_eq15(agent, batch, noise, q_data, args)
@@ -175,7 +162,7 @@ def term_norms(agent, data, args, batches: int = BATCHES):
 def weight(agent, data, args) -> float:
     """lambda alpha, by which variant "paper" multiplies log p, from the data's first 4,096 rows."""
     q = agent.critics(data.state[:4096], data.action[:4096])
-    value = erdp.pessimistic_value(q, args.pessimism, args.lcb_coef, args.variant)
+    value = erdp.pessimistic_value(q, args)
     return args.eta * args.entropy_coef / float(value.abs().mean())
 
 
@@ -188,22 +175,11 @@ def fresh_agent():
     return erdp.Agent(STATE_DIM, ACTION_DIM, args), erdp.Batch(state, action, reward, next_state, reward)
 
 
-def load_agent(path: Path):
-    """The agent of a run's checkpoint.pt, on the CPU, and what else that file holds. Raises erdp.UserError."""
-    with erdp.refusing(f"{path} is not a whole checkpoint.pt of a run", "give that of another run"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        args, about = dataclasses.replace(erdp.Args(**saved["args"]), device="cpu", compile=False), saved["about"]
-        agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
-        agent.load_state_dict(saved["agent"])
-    return agent, saved
-
-
 def trained_agent(path: Path):
     """The agent of a run's checkpoint.pt, that run's data, and what to call them. Raises erdp.UserError."""
-    agent, saved = load_agent(path)
-    args, data = agent.args, saved["about"]["dataset_id"]
-    name = f"{args.env} on {data}, alpha {args.entropy_coef:g}, {saved['step']} updates"
-    return agent, erdp.load_data(erdp.open_task(args), args), name
+    agent, data, task, step = load(path)
+    args = agent.args
+    return agent, data, f"{args.env} on {task.dataset_id}, alpha {args.entropy_coef:g}, {step} updates"
 
 
 def gradients(name: str, agent, data):

@@ -120,7 +120,7 @@ def test_results_paper_variant_multiplies_the_predicted_noise_by_what_it_says(al
         def policy(*_):
             return torch.full_like(eps, prediction)
 
-        return float(erdp.policy_loss(policy, critics, sde, batch, noise, critics(None, action), args)[0])
+        return float(erdp.policy_loss(policy, critics, sde, batch, noise, critics(None, action), args)["policy_loss"])
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options=dict(xatol=1e-8)).x
     agree("E(eps | x_t) / (1 - alpha / 2)", best, 0.3 / (1 - alpha / 2), rtol=0.02, atol=0)
@@ -166,7 +166,7 @@ def test_results_term_norms_are_those_of_each_term_differentiated_alone(variant)
     parameters = list(agent.policy.parameters())
     alone = [torch.cat([g.ravel() for g in torch.autograd.grad(x, parameters, retain_graph=True)]) for x in terms]
     expected = [float(g.norm()) for g in alone] + [float(torch.cosine_similarity(alone[2], alone[0], dim=0))]
-    agree("norms and cosine", entropy.term_norms(agent, data, args, batches=1), expected, rtol=2e-3, atol=1e-4)
+    agree("norms and cosine", entropy.term_norms(agent, data, args, count=1), expected, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["noise", "posterior", "likelihood"])
