@@ -1603,7 +1603,8 @@ def evaluate_only(args: Args) -> int:
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
         spec = row.env if row and row.env else gym.envs.registration.EnvSpec.from_json(saved["spec"])
-        task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, saved["refs"])
+        ref_min, ref_max = map(float, saved["refs"])
+        task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, (ref_min, ref_max))
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")

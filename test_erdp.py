@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -35,23 +36,25 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Discrete
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import erdp
 from erdp import Agent, Args, Batch, MeanRevertingSDE, Noise, NoiseNetwork, QEnsemble, UserError
@@ -68,9 +71,7 @@ RATE = 1e-6  # chance that a correct program fails a Monte-Carlo test, over the 
 SCHEDULES = [*erdp.SCHEDULES]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Assertions, and what the tests draw
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Assertions, and what the tests draw =============================================================================
 def numbers(value) -> np.ndarray:
     return value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
@@ -83,7 +84,10 @@ def agree(claim: str, actual, expected, rtol=1e-10, atol=1e-10):
 
 
 def assert_mean(claim: str, samples, expected, sees, comparisons=1):
-    """The mean of independent samples (N, ...) is `expected`, by a two-sided normal test at RATE / comparisons."""
+    """The mean of independent samples (N, ...) is `expected`, by a two-sided normal test at RATE / comparisons.
+
+    An error is seen for certain from twice the bound on, as sampling alone moves the mean by as much as the bound.
+    """
     samples = numbers(samples)
     entries = comparisons * samples[0].size
     bound = norm.isf(RATE / 2 / entries) * samples.std(0) / math.sqrt(len(samples))
@@ -221,20 +225,18 @@ def analytic_predictor(bar, weights=WEIGHTS, means=MEANS, widths=WIDTHS):
     return network
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 1-2: the SDE and its transitions
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "schedule, theta_bar",
-    [
-        ("cosine", [0, 0.1975, 0.9015, 2.2873, 4.3504, 6.9078]),
-        ("constant", [0, 1.3816, 2.7631, 4.1447, 5.5262, 6.9078]),
-        ("linear", [0, 0.0137, 0.7114, 2.0929, 4.1584, 6.9078]),
-        ("vp", [0, 0.4697, 1.5701, 3.0948, 4.9052, 6.9078]),
-    ],
+# ==== Eq. 1-2: the SDE and its transitions ============================================================================
+KNOWN = dict(
+    cosine=[0, 0.1975, 0.9015, 2.2873, 4.3504, 6.9078],
+    constant=[0, 1.3816, 2.7631, 4.1447, 5.5262, 6.9078],
+    linear=[0, 0.0137, 0.7114, 2.0929, 4.1584, 6.9078],
+    vp=[0, 0.4697, 1.5701, 3.0948, 4.9052, 6.9078],
 )
-def test_theta_schedules_have_the_known_values_at_five_steps(schedule, theta_bar):
-    agree(f"theta_bar of {schedule}, T = 5", sde64(5, schedule).theta_bar, theta_bar, rtol=0, atol=5.1e-5)
+
+
+@pytest.mark.parametrize("schedule", KNOWN)
+def test_theta_schedules_have_the_known_values_at_five_steps(schedule):
+    agree(f"theta_bar of {schedule}, T = 5", sde64(5, schedule).theta_bar, KNOWN[schedule], rtol=0, atol=5.1e-5)
 
 
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES))
@@ -255,17 +257,7 @@ def euler_moments(theta_steps, substeps):
     return np.array([mean, var])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("T, tau, t", [(2, 0, 1), (2, 1, 2), (6, 0, 6), (6, 1, 3), (6, 3, 5)])
-def test_eq2_is_the_limit_of_euler_maruyama_at_first_order(schedule, T, tau, t):
-    steps = literal_theta(schedule, T)[0][tau + 1 : t + 1]
-    limit = np.array([float(c) for c in sde64(T, schedule).transition(tau, t)])
-    errors = [euler_moments(steps, substeps) - limit for substeps in (300, 600)]
-    agree("Eq. 2: error of half the Euler step over that of the whole", errors[1] / errors[0], [0.5, 0.5], rtol=0.03)
-    agree("Eq. 2: extrapolated Euler steps", 2 * errors[1] - errors[0], [0, 0], atol=2e-4)
-
-
-@pytest.mark.parametrize("schedule, T, tau, t", [("cosine", 5, 1, 4), ("linear", 8, 0, 5)])
+@pytest.mark.parametrize("schedule, T, tau, t", [("cosine", 5, 1, 4), ("linear", 8, 0, 5)], ids=["cosine", "linear"])
 def test_eq1_simulated_sde_has_the_moments_and_law_of_eq2(schedule, T, tau, t):
     rng, x_tau, substeps = np.random.default_rng(1), -1.7, 100
     x = np.full(100_000, x_tau)
@@ -273,6 +265,16 @@ def test_eq1_simulated_sde_has_the_moments_and_law_of_eq2(schedule, T, tau, t):
         x = x - h * x + np.sqrt(2 * h) * rng.standard_normal(len(x))
     decay, var = (float(c) for c in sde64(T, schedule).transition(tau, t))
     assert_gaussian("Eq. 1: paths", x, decay * x_tau, math.sqrt(var), sees=0.035)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_eq2_is_the_limit_of_euler_maruyama_at_first_order(schedule):
+    for T, tau, t in ((2, 0, 1), (2, 1, 2), (6, 0, 6), (6, 1, 3), (6, 3, 5)):
+        steps = literal_theta(schedule, T)[0][tau + 1 : t + 1]
+        limit = np.array([float(c) for c in sde64(T, schedule).transition(tau, t)])
+        errors = [euler_moments(steps, substeps) - limit for substeps in (300, 600)]
+        agree("Eq. 2: error of half the Euler step over the whole one's", errors[1] / errors[0], [0.5, 0.5], rtol=0.03)
+        agree("Eq. 2: extrapolated Euler steps", 2 * errors[1] - errors[0], [0, 0], atol=2e-4)
 
 
 @given(cases())
@@ -296,11 +298,6 @@ def test_eq2_ends_in_a_standard_gaussian(T, schedule):
     assert 0 < scale <= 1e-3 * (1 + 1e-12), "for abs x_0 <= 1 the mean of x_T is at most 1e-3"
     assert abs(var - 1) <= 1e-5, "the variance of x_T is 1"
     agree("theta_bar_T is -ln(1e-3), whatever the schedule", scale, 1e-3)
-
-
-def test_eq2_of_no_time_is_the_identity():
-    scale, var = sde64().transition(3, 3)
-    assert (scale, var) == (1, 0)
 
 
 # Each equation of the SDE at one time, as a function of (sde, t, x, y, z).
@@ -328,25 +325,17 @@ def test_sde_int_and_tensor_times_agree(case):
     assert case.sde.posterior(case.x, case.y, case.t)[1].shape == (len(case.t), 1), "coefficients are (B, 1)"
 
 
-@pytest.mark.parametrize("name", AT_ONE_TIME)
-@pytest.mark.parametrize("T", [2, 7])
-def test_sde_rejects_ints_off_its_grid(name, T):
-    for t in (-1, T + 1):
-        with pytest.raises(ValueError, match=f"must ascend from 0 to T = {T}"):
-            AT_ONE_TIME[name](sde64(T), t, *torch.zeros(3, 2))
-    for t in (1, T):
-        AT_ONE_TIME[name](sde64(T), t, *torch.zeros(3, 2))
-
-
-def test_sde_rejects_times_that_descend_and_steps_before_the_first():
+def test_sde_rejects_ints_off_its_grid_and_times_that_descend():
     sde, x = sde64(), torch.zeros(2)
     for tau, t in ((2, 1), (-1, 3), (0, 6), (5, 4)):
         for function in (sde.transition, sde.between, sde.decay, sde.var, functools.partial(sde.log_prob, x, x)):
             with pytest.raises(ValueError, match=rf"\[{tau}, {t}\] must ascend from 0 to T = 5"):
                 function(tau, t)
-    for step in (sde.posterior, lambda x, y, t: sde.reverse_sde_step(x, t, y, y)):
-        with pytest.raises(ValueError, match="must ascend from 0"):
-            step(x, x, 0)
+    for name, function in AT_ONE_TIME.items():
+        for t in (-1, 6, *[0] * (name.startswith("posterior") or name == "reverse_sde_step")):
+            with pytest.raises(ValueError, match="must ascend from 0 to T = 5"):
+                function(sde, t, x, x, x)
+        function(sde, 1, x, x, x), function(sde, 5, x, x, x)
 
 
 def test_sde_rejects_too_few_steps_and_unknown_schedules():
@@ -370,9 +359,7 @@ def test_sde_coefficients_are_computed_in_float64_and_rounded_once(T, schedule):
     assert (decay.dtype, var.device.type) == (torch.float16, "meta"), "of the dtype and on the device asked for"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 3: the reverse SDE
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Eq. 3: the reverse SDE ==========================================================================================
 @given(cases())
 def test_eq3_one_step_is_euler_maruyama_against_time(case):
     x, score, noise = case.x.numpy(), case.y.numpy(), case.z.numpy()
@@ -401,9 +388,7 @@ def test_eq3_reverse_sde_with_the_exact_score_approaches_the_mixture():
     assert nearer < 0.17, f"Eq. 3: distance {nearer} at T = 90"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 4, 28, 30: diffusing, and the score
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Eq. 4, 28, 30: diffusing, and the score =========================================================================
 @given(cases())
 def test_eq4_diffuses_with_the_coefficients_of_eq2(case):
     expected = np.exp(-case.bar) * case.x.numpy() + np.sqrt(1 - np.exp(-2 * case.bar)) * case.y.numpy()
@@ -435,9 +420,7 @@ def test_eq30_score_is_minus_the_noise_over_its_deviation(case):
     agree("Eq. 30", score, -eps.numpy() / np.sqrt(1 - np.exp(-2 * case.bar)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 5 and the other diffusion losses
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Eq. 5 and the other diffusion losses ============================================================================
 def loss_of(case, eps_hat, loss):
     """The loss of a prediction for x_0 = case.x and eps = case.y."""
     x_t = case.sde.diffuse(case.x, case.t, case.y)
@@ -514,22 +497,6 @@ def test_likelihood_loss_has_its_minimum_at_the_closed_form(case):
     agree("the gradient vanishes", best.grad / steepness / size, torch.zeros_like(best), atol=1e-9)
 
 
-def test_likelihood_loss_tends_to_noise_matching_as_its_steps_shrink():
-    errors = []
-    for T in (10, 100, 1000):
-        sde, x_t, eps = MeanRevertingSDE(T, "constant", dtype=torch.float64), gaussian(1, 3), gaussian(1, 3, seed=1)
-        t = torch.tensor([T // 2])
-        x_0 = sde.predict_x0(x_t, t, eps)
-
-        def loss(flat, sde=sde, x_0=x_0, x_t=x_t, t=t, eps=eps):
-            return float(erdp.LOSSES["likelihood"](sde, x_0, x_t, t, eps, torch.tensor(flat)[None]))
-
-        best = scipy.optimize.minimize(loss, np.zeros(3), tol=1e-14).x
-        errors.append(np.abs(best - eps.numpy()[0]).max())
-    assert errors[0] > 8 * errors[1] > 60 * errors[2], f"bias of the minimiser at T = 10, 100, 1000: {errors}"
-    assert errors[0] > 0.1, "on a coarse grid the true noise does not minimise the likelihood loss"
-
-
 @given(cases())
 def test_posterior_loss_has_the_true_noise_as_its_minimiser(case):
     agree("at the true noise", loss_of(case, case.y, "posterior"), 0.0, atol=1e-18)
@@ -538,9 +505,7 @@ def test_posterior_loss_has_the_true_noise_as_its_minimiser(case):
     agree("elsewhere, the weighted error of the noise", loss_of(case, case.z, "posterior"), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 6-8 and Appendix A.3: the posterior, x0-hat, and the optimal reverse path
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Eq. 6-8 and Appendix A.3: the posterior, x0-hat, and the optimal reverse path ===================================
 def log_densities_of_eq34(case, x, x_t, x_0):
     """log p(x_t | x_{t-1}), log p(x_{t-1} | x_0) and log p(x_t | x_0) by SciPy, at x_{t-1} = x."""
 
@@ -608,9 +573,7 @@ def test_a3_posterior_mean_is_the_optimal_reverse_path(case):
         agree("A.3: argmin of Eq. 37", mean[b, a], best, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 10 and Figure 2: sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Eq. 10 and Figure 2: sampling ===================================================================================
 def literal_sample(network, schedule, T, state, noise, clip_denoised, clip_sample):
     """Eq. 10 by Eq. 8, 7 and 6, from x_T = noise[0], with scalars for the SDE's symbols. noise (T, B, A)."""
     prime, bar = literal_theta(schedule, T)
@@ -641,30 +604,6 @@ def test_eq10_sampler_follows_eq8_eq7_and_eq6_step_by_step(T, schedule, clip_den
     agree("Eq. 10", action, expected, rtol=1e-9)
 
 
-def test_eq10_clips_by_default_inside_each_step_and_at_the_end():
-    noise, state = gaussian(5, 200, 2), gaussian(200, 3)
-
-    def sample(*clips):
-        return erdp.sample_actions(rough_network, sde64(), state, noise, *clips)
-
-    assert torch.equal(sample(), sample(True, True)), "both clips are the default"
-    assert sample(False, False).abs().max() > 1, "an unclipped sample leaves the bounds"
-    assert sample(False, True).abs().max() == 1, "a finished sample is clamped to the bounds"
-    assert not torch.allclose(sample(True, True), sample(False, True)), "x0-hat is clamped within the steps"
-
-
-def test_eq10_network_sees_every_time_once_and_the_states():
-    state, seen = gaussian(3, 2), []
-
-    def network(x_t, t, s):
-        seen.append(t)
-        assert s is state and t.shape == (3,) and t.dtype == torch.int64 and x_t.shape == (3, 1)
-        return x_t
-
-    erdp.sample_actions(network, sde64(4), state, gaussian(4, 3, 1))
-    assert torch.equal(torch.stack(seen), torch.tensor([[4] * 3, [3] * 3, [2] * 3, [1] * 3])), "t = T..1"
-
-
 def affine_law(function, T):
     """Mean and variance, without sampling, of function(noise (T, B, 1)) that is affine in standard Gaussian noise."""
     noise = torch.cat([torch.zeros(T, 1), torch.eye(T)], 1)[..., None].double()
@@ -693,13 +632,6 @@ def test_eq10_sampler_has_the_moments_of_the_closed_form_recursion(T, schedule, 
     law = affine_law(lambda noise: erdp.sample_actions(network, sde64(T, schedule), None, noise, False, False), T)
     _, expected = gaussian_recursion(schedule, T, mean, width)
     agree("Eq. 10: mean and variance for a Gaussian policy", law, expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("T, width", [(5, 0.111), (10, 0.185), (30, 0.245), (100, 0.280)])
-def test_eq10_sampler_shrinks_a_gaussian_of_width_03_on_a_coarse_grid(T, width):
-    network = analytic_predictor(literal_theta("cosine", T)[1], np.ones(1), np.zeros(1), np.array([0.3]))
-    mean, var = affine_law(lambda noise: erdp.sample_actions(network, sde64(T), None, noise, False, False), T)
-    agree("Eq. 10: mean and deviation", [mean, math.sqrt(var)], [0, width], rtol=0, atol=6e-4)
 
 
 def test_eq10_samples_approach_a_mixture_as_the_steps_grow():
@@ -744,9 +676,7 @@ def test_figure2_reverse_sde_needs_many_steps_to_reconstruct_x0():
     assert errors[0] > 3 * errors[1] > 6 * errors[2] > 0.06, f"Figure 2: rms errors {errors} of the reverse SDE"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 13 and 14: the policy's log probability
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Eq. 13 and 14: the policy's log probability =====================================================================
 def last_step(network, T=5):
     """a^1 -> (a^0, log abs(d a^0 / d a^1)) of the sampler's last step: Eq. 8 and Eq. 7 at t = 1."""
 
@@ -770,13 +700,6 @@ def test_eq13_holds_with_a_constant_for_a_gaussian_policy(T, mean, width):
     difference = norm.logpdf(a_1, m_1, math.sqrt(v_1)) - norm.logpdf(a_0, m_0, math.sqrt(v_0))
     agree("Eq. 13: the same at every point", difference, np.full((13, 1), difference[0, 0]), atol=1e-8)
     agree("Eq. 13: and is log abs(d a^0 / d a^1)", difference, log_slope, atol=1e-5)
-
-
-def test_eq13s_constant_depends_on_the_policys_width():
-    bar = literal_theta("cosine", 5)[1]
-    networks = (analytic_predictor(bar, np.ones(1), np.zeros(1), np.array([width])) for width in (0.2, 0.6))
-    narrow, wide = (last_step(network)(torch.zeros(1, 1).double())[1] for network in networks)
-    assert wide - narrow > 1, "Eq. 13's constant is another one for another width"
 
 
 def test_eq13_does_not_hold_for_a_mixture():
@@ -812,9 +735,7 @@ def test_eq14_is_the_density_of_simulated_states():
     assert_gaussian("Eq. 14: x_1 given x_T and x_0, standardised", -slope / precision.sqrt(), 0.0, 1.0, sees=0.035)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Networks ========================================================================================================
 def literal_mish(x):
     return x * torch.tanh(torch.log1p(torch.exp(x)))
 
@@ -880,45 +801,27 @@ def members_of(critics, requires_grad=False):
     return [[p[m].detach().clone().requires_grad_(requires_grad) for p in layers] for m in range(len(layers[0]))]
 
 
-def sequential(member):
-    """One member as PyTorch's own layers."""
-    layers = []
-    for weight, bias in zip(member[::2], member[1::2]):
-        linear = nn.Linear(*weight.shape, dtype=weight.dtype)
-        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
-        layers += [linear, nn.Mish()]
-    return nn.Sequential(*layers[:-1])
-
-
 @settings(max_examples=20)
 @given(st.integers(1, 5), LEADING, *[st.integers(1, 4)] * 2, st.integers(2, 9), st.integers(0, 999))
-def test_ensemble_equals_separate_sequential_networks_over_any_leading_axes(M, lead, S, A, hidden, seed):
+def test_ensemble_equals_separate_networks_over_any_leading_axes(M, lead, S, A, hidden, seed):
     torch.manual_seed(seed)
     critics = QEnsemble(S, A, M, hidden).double()
     state, weight = gaussian(*lead, S, seed=seed), gaussian(M, *lead, seed=seed + 1)
     action = gaussian(*lead, A, seed=seed + 2).requires_grad_()
-    networks = [sequential(member) for member in members_of(critics)]
-    expected = torch.stack([network(torch.cat([state, action], -1))[..., 0] for network in networks])
-    q = critics(state, action)
+    members = members_of(critics, requires_grad=True)
+    expected = literal_q_of(members, state.reshape(-1, S), action.reshape(-1, A)).reshape(M, *lead)
+    slope, *slopes = torch.autograd.grad((expected * weight).sum(), [action, *(p for m in members for p in m)])
+    q, still = critics(state, action), critics(state, action, frozen=True)
     agree("QEnsemble (M, ...), state before action", q, expected)
-    (slope,) = torch.autograd.grad((expected * weight).sum(), action, retain_graph=True)
-    (expected * weight).sum().backward()
-    action.grad = None
-    (q * weight).sum().backward()
-    agree("QEnsemble: gradient to the action", action.grad, slope)
-    for layer in range(4):
-        linears = [network[2 * layer] for network in networks]
-        weights = torch.stack([linear.weight.grad.T for linear in linears])
-        biases = torch.stack([linear.bias.grad[None] for linear in linears])
-        agree("QEnsemble: gradient to the weights", critics.weights[layer].grad, weights)
-        agree("QEnsemble: gradient to the biases", critics.biases[layer].grad, biases)
-    critics.zero_grad(set_to_none=True)
-    action.grad = None
-    still = critics(state, action, frozen=True)
     assert torch.equal(still, q), "frozen does not change the values"
     (still * weight).sum().backward()
     agree("QEnsemble: gradient to the action, frozen", action.grad, slope)
     assert all(p.grad is None for p in critics.parameters()), "frozen: no gradient reaches the weights"
+    action.grad = None
+    (q * weight).sum().backward()
+    agree("QEnsemble: gradient to the action", action.grad, slope)
+    for k, p in enumerate(p for pair in zip(critics.weights, critics.biases) for p in pair):
+        agree("QEnsemble: gradient to the weights and biases", p.grad, torch.stack(slopes[k::8]))
 
 
 def rounded(x):
@@ -943,19 +846,9 @@ def test_precision_bf16_rounds_the_factors_and_the_products_between_hidden_layer
     exact = critics(state, action)
     error = (q - exact).abs().max()
     assert step / 100 < error < 4 * step, "the flag has an effect, and a small one"
-    gradients = []
-    for out in (q, exact):
-        critics.zero_grad(set_to_none=True)
-        gradients.append(torch.autograd.grad(out.sum(), [action, *critics.parameters()]))
-    for ours, theirs in zip(*gradients):
+    for ours, theirs in zip(*(torch.autograd.grad(out.sum(), [action, *critics.parameters()]) for out in (q, exact))):
         assert ours.dtype == theirs.dtype == torch.float32, "parameters and their gradients stay in float32"
         agree("gradient in bfloat16", ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
-
-
-def test_precision_reaches_the_ensemble_and_its_targets():
-    for precision in ("float32", "tf32", "bf16"):
-        agent = Agent(3, 2, Args(precision=precision, num_critics=2))
-        assert agent.critics.bf16 == agent.critics_target.bf16 == (precision == "bf16")
 
 
 def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
@@ -975,7 +868,7 @@ def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
     assert len(QEnsemble(1, 1).weights[0]) == 64, "64 members by default"
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["64", "32"])
 def test_mishs_compiled_formula_equals_pytorchs(monkeypatch, dtype, tolerance):
     points = torch.cat([torch.linspace(-100, 100, 801), torch.linspace(-3, 3, 61), torch.tensor([1e4, -1e4])])
     x, y = (points.to(dtype).requires_grad_() for _ in range(2))
@@ -988,65 +881,450 @@ def test_mishs_compiled_formula_equals_pytorchs(monkeypatch, dtype, tolerance):
     agree("mish's gradient, as it is compiled", x.grad, y.grad, rtol=tolerance, atol=10 * tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 17 and 16: pessimism, and Q-learning
-# ---------------------------------------------------------------------------------------------------------------------
-@given(st.integers(1, 8), st.integers(1, 4), st.floats(0, 10), st.booleans(), st.integers(0, 999))
-def test_eq17_lcb_equals_numpy(M, B, beta, unbiased, seed):
-    q = 3 * gaussian(M, B, seed=seed) - 1
-    deviation = q.numpy().std(0, ddof=int(unbiased)) if M > 1 else 0
-    agree("Eq. 17", erdp.lcb(q, beta, unbiased), q.numpy().mean(0) - beta * deviation)
-    if M > 1:
-        agree("Eq. 17: beta is 4 and the divisor M by default", erdp.lcb(q), q.numpy().mean(0) - 4 * q.numpy().std(0))
+# ==== Eq. 12-15: the policy loss ======================================================================================
+VARIANTS = get_args(erdp.Variant)
 
 
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_eq17_of_one_member_is_its_mean(unbiased):
-    q = gaussian(1, 5).requires_grad_()
-    value = erdp.lcb(q, 4.0, unbiased)
-    agree("Eq. 17, M = 1", value, q[0])
-    value.sum().backward()
-    agree("Eq. 17, M = 1: gradient", q.grad, torch.ones(1, 5))
+def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
+    """log p(a^1 | a^T) as the paper means it, or as the released code computes it, from densities of PyTorch's own."""
+
+    def g(u, v, duration):
+        law = torch.distributions.Normal(math.exp(-duration) * v, math.sqrt(1 - math.exp(-2 * duration)))
+        return law.log_prob(u).sum(-1)
+
+    if variant == "paper":
+        a_1 = math.exp(-bar[1]) * a_0 + math.sqrt(1 - math.exp(-2 * bar[1])) * eps_hat
+        return g(a_T, a_1, bar[-1] - bar[1]) + g(a_1, a_0, bar[1]) - g(a_T, a_0, bar[-1])
+    a_1 = (1 - prime[1]) * a_0
+    return g(a_1, a_T, bar[-1] - bar[2]) + g(a_0, a_1, bar[2] - bar[1]) - g(a_0, a_T, bar[-1] - bar[1])
 
 
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_eq17_has_the_means_gradient_where_members_agree(unbiased):
-    q = torch.full((4, 3), 0.7, dtype=torch.float64)
-    q[:, 1] = gaussian(4)
-    q.requires_grad_()
-    value = erdp.lcb(q, 4.0, unbiased)
-    agree("Eq. 17 at equal members", value[[0, 2]], [0.7, 0.7])
-    value.sum().backward()
-    agree("Eq. 17: gradient at equal members", q.grad[:, [0, 2]], np.full((4, 2), 1 / 4))
-
-    def others(flat):
-        return flat.mean() - 4 * flat.std(ddof=int(unbiased))
-
-    slope = scipy.optimize.approx_fprime(q.detach().numpy()[:, 1], others, 1e-7)
-    agree("Eq. 17: gradient elsewhere", q.grad[:, 1], slope, rtol=1e-5, atol=1e-5)
+@given(st.integers(3, 100), st.sampled_from(SCHEDULES), st.sampled_from(["paper", "released"]), st.integers(0, 999))
+def test_eq13_to_15_log_prob_of_both_variants(T, schedule, variant, seed):
+    a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
+    expected = literal_log_prob(variant, *literal_theta(schedule, T), a_0, eps_hat, a_T)
+    log_p = erdp.policy_log_prob(sde64(T, schedule), a_0, eps_hat, a_T, variant)
+    agree(f"log p(a^1 | a^T), {variant}", log_p, expected, rtol=1e-9, atol=1e-9)
 
 
-# Of q (M, B), in loops over the members.
-LITERAL_PESSIMISM = dict(lcb=lambda q, args: literal_lcb(q, args), min=lambda q, args: torch.stack([*map(min, q.T)]))
+def test_released_log_prob_rewards_large_actions_alone():
+    a_0, a_T = torch.tensor([[[0.0], [1.0], [0.0], [1.0]], [[0.0], [0.0], [1.0], [1.0]]], dtype=torch.float64)
+    entropy = -erdp.policy_log_prob(sde64(), a_0, 0 * a_0, a_T, "released")
+    agree("-log p at a_0 = a_T = 0", entropy[0], 0.779, atol=6e-4)
+    agree("coefficient of a_0^2", entropy[1] - entropy[0], 0.0628, atol=6e-5)
+    agree("coefficient of a_0 a_T", entropy[3] - entropy[2] - entropy[1] + entropy[0], -0.0008, atol=6e-5)
 
 
-def literal_lcb(q, args):
-    M, mean = len(q), sum(q) / len(q)
-    if M == 1:
-        return mean
-    squares = sum((member - mean) ** 2 for member in q)
-    return mean - args.lcb_coef * torch.sqrt(squares / (M if args.variant == "paper" else M - 1))
+class Problem(NamedTuple):
+    """One draw of everything that the policy loss takes, and its prediction of the noise as a leaf."""
+
+    args: Args
+    sde: MeanRevertingSDE
+    critics: QEnsemble
+    batch: Batch
+    noise: Noise
+    q_data: torch.Tensor
+    eps_hat: torch.Tensor
+    x_t: torch.Tensor  # Eq. 4, and Eq. 8 of it
+    a_0: torch.Tensor
+
+    def loss(self, **changes):
+        """erdp's policy loss, the prediction standing in for the policy."""
+        p = self._replace(**changes)
+
+        def policy(x_t, t, state):
+            agree("the policy sees the noised data action", x_t, p.x_t)
+            assert t is p.noise.t and state is p.batch.state
+            return p.eps_hat
+
+        return erdp.policy_loss(policy, p.critics, p.sde, p.batch, p.noise, p.q_data, p.args)
+
+    def gradient(self, **changes):
+        eps_hat = changes.pop("eps_hat", self.eps_hat).detach().clone().requires_grad_()
+        self.loss(eps_hat=eps_hat, **changes)["policy_loss"].backward()
+        return eps_hat.grad
 
 
-@given(st.integers(1, 6), st.floats(0, 8), st.sampled_from(["paper", "released"]), st.integers(0, 999))
+def problem(seed=0, B=4, M=3, **choices) -> Problem:
+    args = Args(**dict(num_diffusion_steps=4, entropy_coef=0.3, eta=0.7, lcb_coef=1.3) | choices)
+    T, critics, batch = args.num_diffusion_steps, tiny_critics(M=M, seed=seed), random_batch(B, seed=seed)
+    t = torch.randint(1, T + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    noise = Noise(None, t, gaussian(B, 2, seed=seed + 20), gaussian(B, 2, seed=seed + 21), None)
+    eps_hat = noise.eps + 0.3 * gaussian(B, 2, seed=seed + 22)  # near enough for some x0-hat to lie inside the bounds
+    q_data = critics(batch.state, batch.action).detach()
+    bar = torch.tensor(literal_theta(args.schedule, T)[1])[t, None]
+    decay, std = torch.exp(-bar), torch.sqrt(1 - torch.exp(-2 * bar))
+    x_t = decay * batch.action + std * noise.eps
+    a_0 = (x_t - std * eps_hat) / decay
+    return Problem(args, sde64(T, args.schedule), critics, batch, noise, q_data, eps_hat, x_t, a_0)
+
+
+def literal_entropy(prime, bar, t, eps_hat):
+    """De Bruijn's identity from the noise predicted at one time a row: a term of a sum over t, times T."""
+    T, A, var = len(bar) - 1, eps_hat.shape[1], 1 - np.exp(-2 * bar)
+    gaussian = [k for k in range(2, T + 1) if -math.log(var[k]) / 2 < 0.01]  # times at which x_t says nothing of x_0
+    weights = [0 if k in gaussian else T * prime[k] / var[k] for k in t]
+    rows = [w * ((e**2).sum() - A * var[k]) for w, k, e in zip(weights, t, eps_hat)]
+    return A / 2 * math.log(2 * math.pi * math.e) - torch.stack(rows)
+
+
+@given(st.sampled_from(SCHEDULES), st.floats(-0.5, 0.5), st.floats(0.2, 0.6))
+def test_eq12_entropy_by_de_bruijns_identity_tends_to_a_gaussians_own(schedule, mean, width):
+    """With the analytic predictor of N(mean, width^2), whose E(eps_hat^2) has a closed form; extrapolated."""
+    found = []
+    for T in (400, 800):
+        bar, t = literal_theta(schedule, T)[1][1:], torch.arange(1, T + 1)
+        var = 1 - np.exp(-2 * bar)
+        root = np.sqrt(var / (np.exp(-2 * bar) * width**2 + var))  # of E(eps_hat^2)
+        found.append(float(erdp.entropy_estimate(sde64(T, schedule), torch.tensor(root)[:, None], t).mean()))
+    assert abs(2 * found[1] - found[0] - norm(mean, width).entropy()) < 0.05, f"{found} at T = 400, 800"
+
+
+def literal_policy_loss(args, members, batch, noise, q_data, eps_hat, frozen=None):
+    """Eq. 15 as each variant has it: its terms by name, and the magnitudes that it treats as constants."""
+    prime, bar = literal_theta(args.schedule, args.num_diffusion_steps)
+    t = noise.t.numpy()
+    prime_t, bar_t, before_t = (torch.tensor(column)[:, None] for column in (prime[t], bar[t], bar[t - 1]))
+    std_t = torch.sqrt(1 - torch.exp(-2 * bar_t))
+    x_t = torch.exp(-bar_t) * batch.action + std_t * noise.eps
+    l_diff = own(LITERAL_LOSSES, args.loss)(prime_t, bar_t, before_t, batch.action, x_t, noise.eps, eps_hat)
+    a_0 = torch.exp(bar_t) * (x_t - std_t * eps_hat)
+    clipped = torch.where(a_0.abs() <= 1, a_0, a_0.sign().detach())  # without gradient outside
+    log_p = -literal_entropy(prime, bar, t, eps_hat)
+    if args.variant != "debruijn":
+        log_p = literal_log_prob(args.variant, prime, bar, a_0, eps_hat, noise.a_T)
+    pessimistic = own(LITERAL_PESSIMISM, args.pessimism)
+    seen = [b for b in range(len(t)) if t[b] <= (args.q_time or args.num_diffusion_steps)]  # rows whose a_0 Q sees
+    q = literal_q_of(members, batch.state[seen], clipped[seen]) if seen else torch.zeros(2, 1)
+    value = pessimistic(q, args).mean()
+    with torch.no_grad():
+        q_size = q.abs().mean() if args.variant == "released" else pessimistic(q_data, args).abs().mean()
+        q_size = torch.ones(()) if args.variant == "released" and not seen else q_size
+        frozen = frozen or (q_size, log_p.abs().mean())
+    if args.variant == "paper":
+        loss = l_diff - args.eta / frozen[0] * (value - args.entropy_coef * log_p.mean())
+    elif args.variant == "debruijn":
+        loss = l_diff - args.eta / frozen[0] * value + args.entropy_coef * log_p.mean() / eps_hat.shape[1]
+    else:
+        loss = l_diff - args.eta / frozen[0] * value - args.entropy_coef * (-log_p.mean() / frozen[1])
+    return dict(policy_loss=loss, diffusion_loss=l_diff, lcb=value, entropy=-log_p.mean()), frozen
+
+
+CHOICES = dict(
+    variant=st.sampled_from(VARIANTS),
+    loss=st.sampled_from([*erdp.LOSSES]),
+    pessimism=st.sampled_from([*erdp.PESSIMISM]),
+)
+
+
+@settings(max_examples=50)
+@given(
+    st.fixed_dictionaries(
+        CHOICES
+        | dict(
+            num_diffusion_steps=st.integers(3, 30),
+            q_time=st.integers(1, 30) | st.none(),
+            schedule=st.sampled_from(SCHEDULES),
+            entropy_coef=st.floats(0, 2),
+            eta=st.floats(0, 3),
+            lcb_coef=st.floats(0, 5),
+            M=st.integers(1, 3),
+            B=st.integers(1, 3),
+            seed=st.integers(0, 999),
+        )
+    )
+)
+def test_eq15_policy_loss_equals_a_literal_one(choices):
+    p = problem(**choices)
+    eps_hat = p.eps_hat.clone().requires_grad_()
+    expected, _ = literal_policy_loss(p.args, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
+    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
+    size, found = 1e-9 * (1 + float(slope.abs().max())), p.loss()
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        agree(f"Eq. 15: {name}", found[name], reference, rtol=1e-8, atol=1e-9)
+    agree("Eq. 15: gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("loss", erdp.LOSSES)
 @pytest.mark.parametrize("pessimism", erdp.PESSIMISM)
-def test_eq17_or_the_minimum_is_the_ensembles_value(pessimism, M, beta, variant, seed):
-    q, args = gaussian(M, 3, seed=seed), Args(pessimism=pessimism, lcb_coef=beta, variant=variant)
-    agree(f"{pessimism}, {variant}", erdp.pessimistic_value(q, args), own(LITERAL_PESSIMISM, pessimism)(q, args))
-    more = erdp.pessimistic_value(q[:, None].expand(-1, 2, -1), args)
-    agree("q may have any axes after that of the members", more[1], own(LITERAL_PESSIMISM, pessimism)(q, args))
+def test_eq15_gradient_equals_finite_differences(variant, loss, pessimism):
+    p = problem(variant=variant, loss=loss, pessimism=pessimism, seed=5)
+    fixed = p.args, members_of(p.critics), p.batch, p.noise, p.q_data
+    _, frozen = literal_policy_loss(*fixed, p.eps_hat)
+
+    def value(flat):
+        """The loss with lambda and the entropy's magnitude held constant, as Eq. 15's gradient does."""
+        return float(literal_policy_loss(*fixed, torch.tensor(flat).view_as(p.eps_hat), frozen)[0]["policy_loss"])
+
+    at, h = p.eps_hat.numpy().ravel(), 1e-5
+    slope = [(value(at + h * unit) - value(at - h * unit)) / (2 * h) for unit in np.eye(len(at))]
+    agree("Eq. 15: gradient", p.gradient().ravel(), slope, rtol=1e-6, atol=1e-6)
 
 
+@given(st.fixed_dictionaries(CHOICES), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(choices, c, seed):
+    p = problem(seed, entropy_coef=0.0, **choices)
+    scaled = copy.deepcopy(p.critics)
+    with torch.no_grad():
+        scaled.weights[3].mul_(c)
+        scaled.biases[3].mul_(c)
+    gradient = p.gradient(critics=scaled, q_data=c * p.q_data)
+    agree("Eq. 12: lambda takes out the scale of Q", gradient, p.gradient(), rtol=1e-8)
+    without_q = p.gradient(args=Args(**vars(p.args) | dict(eta=0.0)))
+    inside = p.a_0.abs() < 1
+    assert torch.equal(without_q != p.gradient(), inside), "Eq. 12: Q's gradient reaches all actions inside the bounds"
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_eq12_alpha_zero_removes_the_entropy_term_exactly(variant):
+    p = problem(variant=variant, entropy_coef=0.0)
+    broken = p.noise._replace(a_T=torch.full_like(p.noise.a_T, torch.inf))
+    assert not torch.isfinite(p.loss(noise=broken)["entropy"]), "the entropy is infinite here"
+    loss, of_broken = (p.loss(noise=noise)["policy_loss"] for noise in (p.noise, broken))
+    assert torch.equal(loss, of_broken), "alpha = 0: the loss does not contain it"
+    assert torch.equal(p.gradient(noise=broken), p.gradient()), "alpha = 0: nor does its gradient"
+    with_it = p.gradient(args=Args(**vars(p.args) | dict(entropy_coef=0.01)))
+    assert not torch.equal(with_it, p.gradient()), "alpha = 0.01: the gradient contains it"
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_eq15_gradients_flow_into_the_policy_alone(variant):
+    p = problem(variant=variant)
+    q_data, action = p.q_data.clone().requires_grad_(), p.batch.action.clone().requires_grad_()
+    eps_hat = p.eps_hat.clone().requires_grad_()
+    found = p.loss(q_data=q_data, eps_hat=eps_hat, batch=p.batch._replace(action=action))
+    found.pop("policy_loss").backward()
+    assert all(weight.grad is None for weight in p.critics.parameters()), "Q's weights get no gradient from Eq. 15"
+    assert q_data.grad is None, "lambda is a constant of Eq. 15"
+    assert not any(part.requires_grad for part in found.values()), "what is reported carries no graph"
+    assert eps_hat.grad.ne(0).all()
+
+
+# ==== In place of Eq. 14: the entropy by de Bruijn's identity =========================================================
+STANDARD = 0.5 * math.log(2 * math.pi * math.e)  # entropy of a standard Gaussian
+GRIDS = st.integers(2, 200), st.sampled_from(SCHEDULES)
+
+
+def last_used(bar) -> int:
+    """The last t at which -1/2 log var_t is 0.01 or more, or 1, from theta_bar (T+1,)."""
+    return max([1, *(t for t in range(1, len(bar)) if -0.5 * math.log(-math.expm1(-2 * bar[t])) >= 0.01)])
+
+
+@pytest.mark.parametrize("schedule, last", [("cosine", 2), ("linear", 2), ("vp", 2), ("constant", 1)])
+def test_debruijn_sum_of_five_steps_ends_early(schedule, last):
+    found = sde64(5, schedule).last_time
+    assert type(found) is int and found == last
+
+
+@given(*GRIDS)
+@example(2, "constant")  # x_1 is Gaussian already
+def test_debruijn_weights_follow_their_rule_and_add_up_to_theta_bar(T, schedule):
+    (prime, bar), weights = literal_theta(schedule, T), erdp.entropy_weights(sde64(T, schedule))
+    last, var = last_used(bar), 1 - np.exp(-2 * bar[1:])
+    expected = [prime[t] / var[t - 1] if t <= last else 0.0 for t in range(1, T + 1)]
+    agree("w_t = theta'_t / var_t, and 0 after the last time", weights, expected, rtol=1e-8)
+    agree("the sum of w_t var_t", (weights.numpy() * var).sum(), bar[last])
+
+
+@given(*GRIDS, st.floats(-1, 1))
+def test_debruijn_sum_ends_where_x_t_is_gaussian_to_within_a_hundredth_nat(T, schedule, action):
+    """Of one action in [-1, 1]: KL of x_t from the standard Gaussian, and what its entropy lacks, by SciPy."""
+    (prime, bar), last = literal_theta(schedule, T), sde64(T, schedule).last_time
+
+    def lacks(t, action):
+        law = norm(math.exp(-bar[t]) * action, math.sqrt(-math.expm1(-2 * bar[t])))
+        kl = 0.5 * math.log(2 * math.pi) + 0.5 * (law.var() + law.mean() ** 2) - law.entropy()
+        return kl, STANDARD - law.entropy()
+
+    for t in range(last + 1, T + 1):
+        assert max(lacks(t, action)) < 0.01, "x_t after the last time"
+    assert last == 1 or min(lacks(last, 1.0)) >= 0.01 - 1e-12, "at the last time an action on the bounds is still seen"
+    left_out = prime[last + 1 :] * (1 / -np.expm1(-2 * bar[last + 1 :]) - 1)
+    assert left_out.sum() <= 0.03, "as E||E(eps | x_t)||^2 lies between var_t and 1 a dimension"
+
+
+# De Bruijn's identity: the estimate
+def literal_estimate(schedule, T, t, eps_hat) -> list:
+    """H-hat of each row (B,), term by term."""
+    (prime, bar), rows = literal_theta(schedule, T), []
+    for t_b, eps in zip(t, eps_hat):
+        var = 1 - math.exp(-2 * bar[t_b])
+        weight = prime[t_b] / var if t_b <= last_used(bar) else 0.0
+        rows.append(sum(STANDARD - T * weight * (e**2 - var) for e in eps))
+    return rows
+
+
+@given(*GRIDS, st.integers(1, 3), st.integers(0, 999))
+def test_debruijn_estimate_is_its_formula_at_one_time_a_row_and_the_grids_sum_on_average(T, schedule, A, seed):
+    (prime, bar), sde = literal_theta(schedule, T), sde64(T, schedule)
+    t, eps_hat = torch.randperm(T, generator=torch.Generator().manual_seed(seed)) + 1, gaussian(T, A, seed=seed)
+    rows = erdp.entropy_estimate(sde, eps_hat, t)
+    agree("H-hat", rows, literal_estimate(schedule, T, t.tolist(), eps_hat.tolist()), rtol=1e-9, atol=1e-8)
+    total = A * STANDARD
+    for t_b, eps in zip(t.tolist(), eps_hat):
+        if t_b <= last_used(bar):
+            total -= prime[t_b] * (float(eps.square().sum()) / (1 - math.exp(-2 * bar[t_b])) - A)
+    agree("the mean over t", rows.mean(), total, rtol=1e-9, atol=1e-9)
+    single = erdp.entropy_estimate(MeanRevertingSDE(T, schedule), eps_hat.float(), t)
+    assert single.dtype == torch.float32
+    agree("in float32", single.double(), rows, rtol=1e-4, atol=1e-4)
+
+
+def integral(function) -> float:
+    return scipy.integrate.quad(function, -8, 8, points=[-1, 0, 1], limit=400, epsabs=1e-10)[0]
+
+
+def mixture_density(x, bar) -> float:
+    """Of the mixture after Eq. 4 with theta_bar = bar."""
+    spread = np.sqrt(math.exp(-2 * bar) * WIDTHS**2 - math.expm1(-2 * bar))
+    return (WEIGHTS * norm.pdf(x, math.exp(-bar) * MEANS, spread)).sum()
+
+
+def of_mixture(T, weights=WEIGHTS, means=MEANS, widths=WIDTHS, schedule="cosine", data=None) -> float:
+    """H-hat on the grid with the exact noise of a mixture, by Gauss-Hermite quadrature over x_t of `data`, else it."""
+    weights, means, widths = (np.asarray(part, float) for part in (weights, means, widths))
+    share, at, width = data or (weights, means, widths)
+    bar, total = literal_theta(schedule, T)[1], 0.0
+    predictor = analytic_predictor(bar, weights, means, widths)
+    node, weight = np.polynomial.hermite_e.hermegauss(80)
+    for t in range(1, T + 1):
+        spread = np.sqrt(math.exp(-2 * bar[t]) * width**2 - math.expm1(-2 * bar[t]))
+        x = torch.tensor(math.exp(-bar[t]) * at[:, None] + spread[:, None] * node).reshape(-1, 1)
+        times = torch.full((len(x),), t)
+        rows = erdp.entropy_estimate(sde64(T, schedule), predictor(x, times, None), times)
+        total += rows.numpy() @ (share[:, None] * weight / weight.sum()).ravel()
+    return total / T
+
+
+@pytest.mark.parametrize("T", [2, 5, 20])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_debruijn_estimate_of_a_mixture_is_the_grids_sum_of_fisher_informations(T, schedule):
+    (prime, bar), expected = literal_theta(schedule, T), STANDARD
+    for t in range(1, last_used(bar) + 1):
+        fisher = integral(lambda x: mixture_density(x, bar[t]) * mixture_score(x, bar[t]) ** 2)  # noqa: B023
+        expected -= prime[t] * (fisher - 1)
+    agree("H-hat with the exact noise", of_mixture(T, schedule=schedule), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "vp"])  # "constant" has a long first step at any such T
+def test_debruijn_estimate_of_a_mixture_approaches_its_entropy_at_first_order(schedule):
+    """Up to what x_t at the last time used lacks of a Gaussian's entropy."""
+    errors = []
+    for T in (100, 200, 400):
+        bar = literal_theta(schedule, T)[1]
+        ends = 0.0, bar[last_used(bar)]
+        start, end = (integral(lambda x: scipy.special.entr(mixture_density(x, s))) for s in ends)  # noqa: B023
+        errors.append(of_mixture(T, schedule=schedule) - (start + STANDARD - end))
+    assert 0 < errors[-1] < 0.15, f"errors {errors}"
+    agree("half the step, half the error", np.divide(errors[:2], errors[1:]), (2.0, 2.0), rtol=0.1)
+
+
+def test_debruijn_estimate_ranks_widths_and_modes_moving_apart_at_five_steps():
+    gaussians = [of_mixture(5, [1.0], [0.0], [width]) for width in (0.1, 0.3, 0.5, 1.0)]
+    modes = [of_mixture(5, [0.5, 0.5], [-mode, mode], [0.1, 0.1]) for mode in (0.1, 0.2, 0.3, 0.5, 0.8)]
+    assert np.diff(gaussians).min() > 0.005 and np.diff(modes).min() > 0.005, (gaussians, modes)
+    agree("deviation 1: the truth", gaussians[-1], STANDARD)
+    agree("as results/entropy.md has them", gaussians[:2] + modes[1:4], [0.886, 0.982, 0.937, 0.992, 1.120], atol=1e-3)
+
+
+@pytest.mark.parametrize("p, q", [((0.0, 0.3), (0.0, 0.5)), ((0.1, 0.4), (-0.3, 0.25)), ((0.0, 0.3), (0.4, 0.3))])
+def test_debruijn_estimate_of_a_policy_away_from_the_data_is_twice_h_less_the_cross_entropy(p, q):
+    """Of the data's and the policy's Gaussian (mean, deviation), with CE(p, q) = -E_p log q by quadrature."""
+
+    def twice_h_less_ce(bar):
+        data, policy = (norm(math.exp(-bar) * m, math.sqrt(math.exp(-2 * bar) * (w**2 - 1) + 1)) for m, w in (p, q))
+        return 2 * policy.entropy() + data.expect(policy.logpdf)
+
+    errors, data = [], (np.ones(1), np.array([p[0]]), np.array([p[1]]))
+    for T in (200, 400):
+        end = STANDARD - twice_h_less_ce(literal_theta("cosine", T)[1][sde64(T).last_time])
+        errors.append(of_mixture(T, [1.0], [q[0]], [q[1]], data=data) - twice_h_less_ce(0.0) - end)
+    assert abs(errors[1]) < 0.08, "the grid's error"
+    agree("without the grid's error, which is of first order", 2 * errors[1] - errors[0], 0.0, atol=2e-3)
+    assert abs(twice_h_less_ce(0.0) - norm(*q).entropy()) > 0.1, "which is not H(q)"
+
+
+# De Bruijn's identity: the policy loss
+@settings(max_examples=50)
+@given(
+    st.fixed_dictionaries(
+        dict(
+            loss=st.sampled_from(["noise", "posterior"]),
+            pessimism=st.sampled_from(["lcb", "min"]),
+            num_diffusion_steps=st.integers(2, 30),
+            schedule=st.sampled_from(SCHEDULES),
+            entropy_coef=st.floats(1e-3, 2),
+            eta=st.floats(0, 3),
+            B=st.integers(1, 3),
+            seed=st.integers(0, 999),
+        )
+    )
+)
+def test_debruijn_policy_loss_equals_a_literal_one(choices):
+    """L_diff - lambda Q - alpha H-hat / A, from the literal Eq. 15 without an entropy term."""
+    p = problem(variant="debruijn", **choices)
+    eps_hat, found = p.eps_hat.clone().requires_grad_(), p.loss()
+    without = dataclasses.replace(p.args, variant="paper", entropy_coef=0.0)
+    expected, _ = literal_policy_loss(without, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
+    rows = literal_estimate(p.args.schedule, p.args.num_diffusion_steps, p.noise.t.tolist(), eps_hat)
+    expected["entropy"] = sum(rows) / len(rows)
+    expected["policy_loss"] -= p.args.entropy_coef * expected["entropy"] / eps_hat.shape[1]
+    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
+    for name, reference in expected.items():
+        agree(name, found[name], reference, rtol=1e-8, atol=1e-8)
+    size = 1e-9 * (1 + float(slope.abs().max()))
+    agree("gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
+
+
+@pytest.mark.parametrize("T, schedule", [(5, "cosine"), (5, "linear"), (8, "vp"), (2, "constant")])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_debruijn_minimiser_without_q_divides_the_exact_noise(T, schedule, alpha):
+    """By 1 + alpha T w_t, in each of A = 2 dimensions: where the loss at one x_t, over three actions, has no slope."""
+    (prime, bar), sde = literal_theta(schedule, T), sde64(T, schedule)
+    eps = torch.tensor([[-0.4, 1.0], [0.3, -0.7], [1.0, 0.6]], dtype=torch.float64)
+    x_t, ones = torch.tensor([[0.5, -0.2]]).double().expand(3, 2), torch.ones(1, 3).double()
+    args = Args(variant="debruijn", entropy_coef=alpha, eta=0.0, num_diffusion_steps=T, schedule=schedule)
+
+    def slope(t, prediction):
+        guess = torch.full((1, 2), prediction, dtype=torch.float64).requires_grad_()
+        batch = Batch(eps, sde.predict_x0(x_t, t, eps), ones[0], eps, ones[0])
+        noise = Noise(None, torch.full((3,), t), eps, eps, None)
+        found = erdp.policy_loss(lambda *_: guess.expand(3, 2), lambda *_, **__: ones, sde, batch, noise, ones, args)
+        return torch.autograd.grad(found["policy_loss"], guess)[0]
+
+    for t in range(1, T + 1):
+        at_0, at_1 = slope(t, 0.0), slope(t, 1.0)  # of a parabola
+        assert (at_1 > at_0).all(), "a minimum: a smaller predicted noise is a larger entropy"
+        weight = prime[t] / (1 - math.exp(-2 * bar[t])) if t <= last_used(bar) else 0.0
+        expected = eps.mean(0, keepdim=True) / (1 + alpha * T * weight)
+        agree(f"the minimiser at t = {t}", at_0 / (at_0 - at_1), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("more", [["--loss", "likelihood"], ["--env", "hopper-medium-v2"]], ids=" ".join)
+def test_debruijn_with_the_likelihood_loss_is_refused(more):
+    with pytest.raises(UserError, match="^--loss likelihood .* --variant debruijn.*: give --loss noise or --loss post"):
+        erdp.parse(["--variant", "debruijn", *more])
+    assert erdp.parse(["--variant", "debruijn", *more, "--loss", "posterior"]).loss == "posterior"
+
+
+def test_debruijn_has_its_own_alpha_by_default():
+    assert erdp.DEBRUIJN_ALPHA == 0.03
+    for env in ("toy", "antmaze-umaze-v0"):
+        found = [erdp.parse(["--env", env, "--variant", v]).entropy_coef for v in ("paper", "released", "debruijn")]
+        assert found == [0.01, 0.01, 0.03]
+    assert erdp.parse(["--variant=debruijn", "--entropy-coef", "0.01"]).entropy_coef == 0.01
+
+
+@pytest.mark.parametrize("q_time", ["0", "-1", "6"])
+def test_q_time_must_be_a_diffusion_time(q_time):
+    with pytest.raises(UserError, match=f"^--q-time is {q_time} but must be a diffusion time, 1 to 5$"):
+        erdp.parse(["--q-time", q_time])
+    assert [erdp.parse(["--q-time", word]).q_time for word in ("1", "5", "None")] == [1, 5, None]
+
+
+# ==== Eq. 16: Q-learning ==============================================================================================
 def tiny_critics(S=3, A=2, M=3, seed=0, hidden=4):
     """Members with weights large enough to differ."""
     torch.manual_seed(seed)
@@ -1111,42 +1389,6 @@ def test_eq16_equals_loops_over_members_transitions_and_candidates(M, B, C, disc
     agree("Eq. 16: squared error, mean over members and batch", loss, ((expected - y) ** 2).sum() / (M * B))
 
 
-def critic_gradients(critics, target, batch, next_action, pessimism):
-    critics.zero_grad(set_to_none=True)
-    eq16(critics, target, batch, next_action, pessimism=pessimism)[0].backward()
-    return [p.grad.clone() for p in critics.parameters()]
-
-
-def test_eq16_members_gradient_depends_on_its_own_target_alone():
-    critics, target, batch, next_action = tiny_critics(), tiny_critics(seed=1), random_batch(), gaussian(2, 5, 2)
-    before = {p: critic_gradients(critics, target, batch, next_action, p) for p in ("lcb", "min")}
-    with torch.no_grad():
-        for p in target.parameters():
-            p[1] -= 0.5  # another member 1
-        target.biases[3][1] -= 50  # and the lowest
-    after = {p: critic_gradients(critics, target, batch, next_action, p) for p in ("lcb", "min")}
-    for old, new in zip(before["lcb"], after["lcb"]):
-        assert torch.equal(old[[0, 2]], new[[0, 2]]), "Eq. 16: members 0 and 2 do not see the target of member 1"
-    last = [gradients[-1].flatten() for gradients in (before["lcb"], after["lcb"], before["min"], after["min"])]
-    assert last[0][1] != last[1][1], "Eq. 16: member 1 sees its own target"
-    assert (last[2] != last[3]).all(), "clipped double Q: all members see the shared target"
-
-
-def test_eq16_terminal_states_do_not_bootstrap_and_others_do():
-    critics, target, batch, next_action = tiny_critics(), tiny_critics(seed=1), random_batch(), gaussian(1, 5, 2)
-    elsewhere = batch.next_state + 1
-    ended, going_on = torch.ones(5).double(), torch.zeros(5).double()
-
-    def loss(terminal, next_state):
-        changed = batch._replace(terminal=terminal, next_state=next_state)
-        return float(eq16(critics, target, changed, next_action)[0])
-
-    assert loss(ended, batch.next_state) == loss(ended, elsewhere), "a terminal state's value is 0"
-    expected = float(((critics(batch.state, batch.action) - batch.reward) ** 2).mean())
-    agree("a terminal state's target is its reward", loss(ended, elsewhere), expected)
-    assert loss(going_on, batch.next_state) != loss(going_on, elsewhere), "any other state, a timeout's too, bootstraps"
-
-
 def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient():
     critics, target, batch = tiny_critics(), tiny_critics(seed=1), random_batch()
     next_action = gaussian(2, 5, 2).requires_grad_()
@@ -1155,287 +1397,46 @@ def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient()
     assert all(p.grad is not None and p.grad.any() for p in critics.parameters()), "Eq. 16 trains all of Q"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 12-15: the policy loss
-# ---------------------------------------------------------------------------------------------------------------------
-def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
-    """log p(a^1 | a^T) as the paper means it, or as the released code computes it, from densities of PyTorch's own."""
+# ==== Eq. 17: the ensemble's pessimism ================================================================================
+@pytest.mark.parametrize("unbiased", [False, True], ids=["divisor M", "divisor M - 1"])
+def test_eq17_has_the_means_gradient_where_members_agree(unbiased):
+    q = torch.full((4, 3), 0.7, dtype=torch.float64)
+    q[:, 1] = gaussian(4)
+    q.requires_grad_()
+    value = erdp.lcb(q, 4.0, unbiased)
+    agree("Eq. 17 at equal members", value[[0, 2]], [0.7, 0.7])
+    value.sum().backward()
+    agree("Eq. 17: gradient at equal members", q.grad[:, [0, 2]], np.full((4, 2), 1 / 4))
 
-    def g(u, v, duration):
-        law = torch.distributions.Normal(math.exp(-duration) * v, math.sqrt(1 - math.exp(-2 * duration)))
-        return law.log_prob(u).sum(-1)
+    def others(flat):
+        return flat.mean() - 4 * flat.std(ddof=int(unbiased))
 
-    if variant == "paper":
-        a_1 = math.exp(-bar[1]) * a_0 + math.sqrt(1 - math.exp(-2 * bar[1])) * eps_hat
-        return g(a_T, a_1, bar[-1] - bar[1]) + g(a_1, a_0, bar[1]) - g(a_T, a_0, bar[-1])
-    a_1 = (1 - prime[1]) * a_0
-    return g(a_1, a_T, bar[-1] - bar[2]) + g(a_0, a_1, bar[2] - bar[1]) - g(a_0, a_T, bar[-1] - bar[1])
-
-
-@given(st.integers(3, 100), st.sampled_from(SCHEDULES), st.sampled_from(["paper", "released"]), st.integers(0, 999))
-def test_eq13_to_15_log_prob_of_both_variants(T, schedule, variant, seed):
-    a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
-    expected = literal_log_prob(variant, *literal_theta(schedule, T), a_0, eps_hat, a_T)
-    log_p = erdp.policy_log_prob(sde64(T, schedule), a_0, eps_hat, a_T, variant)
-    agree(f"log p(a^1 | a^T), {variant}", log_p, expected, rtol=1e-9, atol=1e-9)
+    slope = scipy.optimize.approx_fprime(q.detach().numpy()[:, 1], others, 1e-7)
+    agree("Eq. 17: gradient elsewhere", q.grad[:, 1], slope, rtol=1e-5, atol=1e-5)
 
 
-def test_released_log_prob_rewards_large_actions_alone():
-    a_0, a_T = torch.tensor([[[0.0], [1.0], [0.0], [1.0]], [[0.0], [0.0], [1.0], [1.0]]], dtype=torch.float64)
-    entropy = -erdp.policy_log_prob(sde64(), a_0, 0 * a_0, a_T, "released")
-    agree("-log p at a_0 = a_T = 0", entropy[0], 0.779, atol=6e-4)
-    agree("coefficient of a_0^2", entropy[1] - entropy[0], 0.0628, atol=6e-5)
-    agree("coefficient of a_0 a_T", entropy[3] - entropy[2] - entropy[1] + entropy[0], -0.0008, atol=6e-5)
+# Of q (M, B), in loops over the members.
+LITERAL_PESSIMISM = dict(lcb=lambda q, args: literal_lcb(q, args), min=lambda q, args: torch.stack([*map(min, q.T)]))
 
 
-def test_paper_log_prob_is_half_the_squared_noise_and_little_else():
-    a_0, a_T = gaussian(50, 1).tanh(), gaussian(50, 1, seed=1)
-    eps = gaussian(50, 1, seed=2)
-    rest = -erdp.policy_log_prob(sde64(), a_0, eps, a_T, "paper") - eps[:, 0] ** 2 / 2
-    assert rest.std() < 0.01 * (eps**2 / 2).std()
+def literal_lcb(q, args):
+    M, mean = len(q), sum(q) / len(q)
+    if M == 1:
+        return mean
+    squares = sum((member - mean) ** 2 for member in q)
+    return mean - args.lcb_coef * torch.sqrt(squares / (M - 1 if args.variant == "released" else M))
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_entropy_of_a_gaussians_analytic_predictor_has_its_closed_form(variant):
-    """E(-log p) over data N(mu, width^2), eps and a_T, from second moments."""
-    n, mu, width, (prime, bar), t = 200_000, 0.4, 0.5, literal_theta("cosine", 5), 3
-    decay, var = math.exp(-bar[t]), 1 - math.exp(-2 * bar[t])
-    spread = decay**2 * width**2 + var  # of x_t
-    # a_0 = mu + p (x_t - decay mu), eps_hat = r (x_t - decay mu)
-    p, r = decay * width**2 / spread, math.sqrt(var) / spread
-    a0_a0, eps_eps, a0_eps = mu**2 + p**2 * spread, r**2 * spread, p * r * spread
-
-    def cross_entropy(u_u, u_v, v_v, duration):
-        """E(-log g(u; v, duration)) from E(u^2), E(u v) and E(v^2)."""
-        scale, variance = math.exp(-duration), 1 - math.exp(-2 * duration)
-        return (u_u - 2 * scale * u_v + scale**2 * v_v) / variance / 2 + math.log(2 * math.pi * variance) / 2
-
-    if variant == "paper":
-        c, s = math.exp(-bar[1]), math.sqrt(1 - math.exp(-2 * bar[1]))
-        a1_a1, a1_a0 = c**2 * a0_a0 + s**2 * eps_eps + 2 * c * s * a0_eps, c * a0_a0 + s * a0_eps
-        expected = cross_entropy(1, 0, a1_a1, bar[5] - bar[1]) + cross_entropy(a1_a1, a1_a0, a0_a0, bar[1])
-        expected -= cross_entropy(1, 0, a0_a0, bar[5])
-    else:
-        k = 1 - prime[1]
-        expected = cross_entropy(k**2 * a0_a0, 0, 1, bar[5] - bar[2]) - cross_entropy(a0_a0, 0, 1, bar[5] - bar[1])
-        expected += cross_entropy(a0_a0, k * a0_a0, k**2 * a0_a0, bar[2] - bar[1])
-    data, eps, a_T = mu + width * gaussian(n, 1, seed=31), gaussian(n, 1, seed=32), gaussian(n, 1, seed=33)
-    deviation = decay * data + math.sqrt(var) * eps - decay * mu
-    rows = -erdp.policy_log_prob(sde64(), mu + p * deviation, r * deviation, a_T, variant)
-    assert_mean(f"the entropy term, {variant}", rows, expected, sees=0.02, comparisons=2)
-    zero = torch.zeros(n, dtype=torch.float64)
-    batch = Batch(data, data, zero, data, zero)
-    noise = Noise(None, torch.full((n,), t), eps, a_T, None)
-
-    def policy(x_t, t, state):
-        return r * (x_t - decay * mu)
-
-    def critics(state, action, frozen):
-        return action.T
-
-    found = erdp.policy_loss(policy, critics, sde64(), batch, noise, data.T, Args(variant=variant))
-    agree("the mean of -log p that the policy loss reports", found["entropy"], rows.mean(), rtol=1e-9)
-
-
-class Problem(NamedTuple):
-    """One draw of everything that the policy loss takes, and its prediction of the noise as a leaf."""
-
-    args: Args
-    sde: MeanRevertingSDE
-    critics: QEnsemble
-    batch: Batch
-    noise: Noise
-    q_data: torch.Tensor
-    eps_hat: torch.Tensor
-
-    def loss(self, **changes):
-        """erdp's policy loss, the prediction standing in for the policy."""
-        p = self._replace(**changes)
-
-        def policy(x_t, t, state):
-            agree("the policy sees the noised data action", x_t, p.literal_x_t())
-            assert t is p.noise.t and state is p.batch.state
-            return p.eps_hat
-
-        return erdp.policy_loss(policy, p.critics, p.sde, p.batch, p.noise, p.q_data, p.args)
-
-    def gradient(self, **changes):
-        eps_hat = changes.pop("eps_hat", self.eps_hat).detach().clone().requires_grad_()
-        self.loss(eps_hat=eps_hat, **changes)["policy_loss"].backward()
-        return eps_hat.grad
-
-    def coefficients(self):
-        """exp(-theta_bar_t) and the deviation of Eq. 4, (B, 1)."""
-        bar = torch.tensor(literal_theta(self.args.schedule, self.args.num_diffusion_steps)[1])[self.noise.t, None]
-        return torch.exp(-bar), torch.sqrt(1 - torch.exp(-2 * bar))
-
-    def literal_x_t(self):
-        decay, std = self.coefficients()
-        return decay * self.batch.action + std * self.noise.eps
-
-    def literal_a_0(self):
-        decay, std = self.coefficients()
-        return (self.literal_x_t() - std * self.eps_hat) / decay
-
-
-def problem(seed=0, B=4, M=3, **choices) -> Problem:
-    args = Args(**dict(num_diffusion_steps=4, entropy_coef=0.3, eta=0.7, lcb_coef=1.3) | choices)
-    T, critics, batch = args.num_diffusion_steps, tiny_critics(M=M, seed=seed), random_batch(B, seed=seed)
-    t = torch.randint(1, T + 1, (B,), generator=torch.Generator().manual_seed(seed))
-    noise = Noise(None, t, gaussian(B, 2, seed=seed + 20), gaussian(B, 2, seed=seed + 21), None)
-    eps_hat = noise.eps + 0.3 * gaussian(B, 2, seed=seed + 22)  # near enough for some x0-hat to lie inside the bounds
-    q_data = critics(batch.state, batch.action).detach()
-    return Problem(args, sde64(T, args.schedule), critics, batch, noise, q_data, eps_hat)
-
-
-def literal_policy_loss(args, members, batch, noise, q_data, eps_hat, frozen=None):
-    """Eq. 15 as each variant has it: its terms by name, and the magnitudes that it treats as constants."""
-    prime, bar = literal_theta(args.schedule, args.num_diffusion_steps)
-    t = noise.t.numpy()
-    prime_t, bar_t, before_t = (torch.tensor(column)[:, None] for column in (prime[t], bar[t], bar[t - 1]))
-    std_t = torch.sqrt(1 - torch.exp(-2 * bar_t))
-    x_t = torch.exp(-bar_t) * batch.action + std_t * noise.eps
-    l_diff = own(LITERAL_LOSSES, args.loss)(prime_t, bar_t, before_t, batch.action, x_t, noise.eps, eps_hat)
-    a_0 = torch.exp(bar_t) * (x_t - std_t * eps_hat)
-    clipped = torch.where(a_0.abs() <= 1, a_0, a_0.sign().detach())  # without gradient outside
-    log_p = literal_log_prob(args.variant, prime, bar, a_0, eps_hat, noise.a_T)
-
-    pessimistic = own(LITERAL_PESSIMISM, args.pessimism)
-    seen = [b for b in range(len(t)) if t[b] <= (args.q_time or args.num_diffusion_steps)]  # rows whose a_0 Q sees
-    q = literal_q_of(members, batch.state[seen], clipped[seen]) if seen else torch.zeros(2, 1)
-    value = pessimistic(q, args).mean()
-    with torch.no_grad():
-        q_size = pessimistic(q_data, args).abs().mean() if args.variant == "paper" else q.abs().mean()
-        frozen = frozen or (q_size, log_p.abs().mean())
-    if args.variant == "paper":
-        loss = l_diff - args.eta / frozen[0] * (value - args.entropy_coef * log_p.mean())
-    else:
-        loss = l_diff - args.eta / frozen[0] * value - args.entropy_coef * (-log_p.mean() / frozen[1])
-    return dict(policy_loss=loss, diffusion_loss=l_diff, lcb=value, entropy=-log_p.mean()), frozen
-
-
-CHOICES = dict(
-    variant=st.sampled_from(["paper", "released"]),
-    loss=st.sampled_from([*erdp.LOSSES]),
-    pessimism=st.sampled_from([*erdp.PESSIMISM]),
-)
-
-
-@settings(max_examples=50)
-@given(
-    st.fixed_dictionaries(
-        CHOICES
-        | dict(
-            num_diffusion_steps=st.integers(3, 30),
-            q_time=st.integers(1, 30) | st.none(),
-            schedule=st.sampled_from(SCHEDULES),
-            entropy_coef=st.floats(0, 2),
-            eta=st.floats(0, 3),
-            lcb_coef=st.floats(0, 5),
-            M=st.integers(1, 3),
-            B=st.integers(1, 3),
-            seed=st.integers(0, 999),
-        )
-    )
-)
-def test_eq15_policy_loss_equals_a_literal_one(choices):
-    p = problem(**choices)
-    eps_hat = p.eps_hat.clone().requires_grad_()
-    expected, _ = literal_policy_loss(p.args, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
-    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
-    size, found = 1e-9 * (1 + float(slope.abs().max())), p.loss()
-    assert found.keys() == expected.keys()
-    for name, reference in expected.items():
-        agree(f"Eq. 15: {name}", found[name], reference, rtol=1e-8, atol=1e-9)
-    agree("Eq. 15: gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize("loss", erdp.LOSSES)
+@given(st.integers(1, 6), st.floats(0, 8), st.sampled_from(get_args(erdp.Variant)), st.integers(0, 999))
 @pytest.mark.parametrize("pessimism", erdp.PESSIMISM)
-def test_eq15_gradient_equals_finite_differences(variant, loss, pessimism):
-    p = problem(variant=variant, loss=loss, pessimism=pessimism, seed=5)
-    fixed = p.args, members_of(p.critics), p.batch, p.noise, p.q_data
-    _, frozen = literal_policy_loss(*fixed, p.eps_hat)
-
-    def value(flat):
-        """The loss with lambda and the entropy's magnitude held constant, as Eq. 15's gradient does."""
-        return float(literal_policy_loss(*fixed, torch.tensor(flat).view_as(p.eps_hat), frozen)[0]["policy_loss"])
-
-    at, h = p.eps_hat.numpy().ravel(), 1e-5
-    slope = [(value(at + h * unit) - value(at - h * unit)) / (2 * h) for unit in np.eye(len(at))]
-    agree("Eq. 15: gradient", p.gradient().ravel(), slope, rtol=1e-6, atol=1e-6)
+def test_eq17_or_the_minimum_is_the_ensembles_value(pessimism, M, beta, variant, seed):
+    q, args = gaussian(M, 3, seed=seed), Args(pessimism=pessimism, lcb_coef=beta, variant=variant)
+    agree(f"{pessimism}, {variant}", erdp.pessimistic_value(q, args), own(LITERAL_PESSIMISM, pessimism)(q, args))
+    more = erdp.pessimistic_value(q[:, None].expand(-1, 2, -1), args)
+    agree("q may have any axes after that of the members", more[1], own(LITERAL_PESSIMISM, pessimism)(q, args))
 
 
-@given(st.fixed_dictionaries(CHOICES), st.floats(1e-3, 1e3), st.integers(0, 99))
-def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(choices, c, seed):
-    p = problem(seed, entropy_coef=0.0, **choices)
-    scaled = copy.deepcopy(p.critics)
-    with torch.no_grad():
-        scaled.weights[3].mul_(c)
-        scaled.biases[3].mul_(c)
-    gradient = p.gradient(critics=scaled, q_data=c * p.q_data)
-    agree("Eq. 12: lambda takes out the scale of Q", gradient, p.gradient(), rtol=1e-8)
-    without_q = p.gradient(args=Args(**vars(p.args) | dict(eta=0.0)))
-    assert torch.equal(without_q != p.gradient(), p.literal_a_0().abs() < 1), "Eq. 12: Q's gradient reaches every action inside the bounds"
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_eq12_alpha_zero_removes_the_entropy_term_exactly(variant):
-    p = problem(variant=variant, entropy_coef=0.0)
-    broken = p.noise._replace(a_T=torch.full_like(p.noise.a_T, torch.inf))
-    assert not torch.isfinite(p.loss(noise=broken)["entropy"]), "the entropy is infinite here"
-    loss, of_broken = (p.loss(noise=noise)["policy_loss"] for noise in (p.noise, broken))
-    assert torch.equal(loss, of_broken), "alpha = 0: the loss does not contain it"
-    assert torch.equal(p.gradient(noise=broken), p.gradient()), "alpha = 0: nor does its gradient"
-    with_it = p.gradient(args=Args(**vars(p.args) | dict(entropy_coef=0.01)))
-    assert not torch.equal(with_it, p.gradient()), "alpha = 0.01: the gradient contains it"
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_eq15_gradients_flow_into_the_policy_alone(variant):
-    p = problem(variant=variant)
-    q_data, action = p.q_data.clone().requires_grad_(), p.batch.action.clone().requires_grad_()
-    eps_hat = p.eps_hat.clone().requires_grad_()
-    found = p.loss(q_data=q_data, eps_hat=eps_hat, batch=p.batch._replace(action=action))
-    found.pop("policy_loss").backward()
-    assert all(weight.grad is None for weight in p.critics.parameters()), "Q's weights get no gradient from Eq. 15"
-    assert q_data.grad is None, "lambda is a constant of Eq. 15"
-    assert not any(part.requires_grad for part in found.values()), "what is reported carries no graph"
-    assert eps_hat.grad.ne(0).all()
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_eq15_only_q_sees_the_clipped_action(variant):
-    """With every x0-hat far outside the bounds Q is constant, and the rest of the loss still moves."""
-    p, seen = problem(variant=variant), []
-
-    def critics(state, action, frozen):
-        seen.append(action)
-        return p.critics(state, action, frozen)
-
-    far = p.eps_hat - 50
-    p.loss(eps_hat=far, critics=critics)
-    assert (seen[0].abs() == 1).all(), "Q sees a^0-hat clamped to the bounds"
-    only_q = Args(**vars(p.args) | dict(entropy_coef=0.0))
-    of_eq5 = 2 * (far - p.noise.eps) / far.numel()
-    agree("the clamp has no gradient outside", p.gradient(eps_hat=far, args=only_q), of_eq5)
-    with_entropy = p.gradient(eps_hat=far)
-    assert (with_entropy != p.gradient(eps_hat=far, args=only_q)).all(), "the entropy's a^0-hat is not clamped"
-
-
-def test_eq12_lambda_takes_each_variants_magnitude_of_q():
-    """paper: E abs Q^LCB(s, a) over the data. released: the mean over members of abs Q(s, a^0-hat)."""
-    for variant in ("paper", "released"):
-        p = problem(variant=variant, entropy_coef=0.0)
-        found, doubled = p.loss(), p.loss(q_data=2 * p.q_data)
-        ratio = (doubled["diffusion_loss"] - doubled["policy_loss"]) / (found["diffusion_loss"] - found["policy_loss"])
-        agree(f"lambda after doubling Q(s, a), {variant}", ratio, 0.5 if variant == "paper" else 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Algorithm 1
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Algorithm 1 =====================================================================================================
 class Adam:
     """Adam (Kingma and Ba, 2014) in plain numbers, after clipping the gradients of all parameters as one vector."""
 
@@ -1567,53 +1568,21 @@ def check_algorithm1(choices, updates, start):
     assert agent.updates == start + updates
 
 
-@pytest.mark.parametrize("start", [0, 1000])
+@pytest.mark.parametrize("start", [0, 1000], ids="update {}".format)
 @pytest.mark.parametrize("name", ALGORITHM1)
 def test_algorithm1_one_update_equals_a_literal_one(name, start):
     check_algorithm1(ALGORITHM1[name], 1, start)
+
+
+@pytest.mark.parametrize("name", ["clipped gradients", "other rates"])
+def test_algorithm1_three_updates_equal_literal_ones(name):
+    check_algorithm1(ALGORITHM1[name], 3, 999)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHM1)
 def test_algorithm1_twenty_updates_equal_literal_ones(name):
     check_algorithm1(ALGORITHM1[name], 20, 990)
-
-
-def test_algorithm1_three_updates_equal_literal_ones():
-    check_algorithm1(ALGORITHM1["clipped gradients"], 3, 999)
-
-
-def test_algorithm1_averages_the_policy_every_5_updates_from_1000_on():
-    agent, generator = agent64(num_diffusion_steps=2, num_critics=2), torch.Generator().manual_seed(2)
-    due = []
-    for step in (0, 5, 995, 999, 1000, 1001, 1004, 1005, 1010, 1013, 2000):
-        agent.updates.fill_(step)
-        before = agent.policy_ema.layers[0].weight.clone()
-        erdp.update(agent, random_batch(4), random_noise(agent.args, generator))
-        due += [step] if not torch.equal(before, agent.policy_ema.layers[0].weight) else []
-    assert due == [1000, 1005, 1010, 2000], "the policy's EMA moves every 5 updates, from update 1000 on"
-
-
-def test_algorithm1_clips_all_gradients_as_one_vector():
-    module, optimizer = nn.Linear(2, 1, dtype=torch.float64), None
-    weight = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
-    for limit, expected in ((1.0, [0.6, 0.8]), (4.0, [2.4, 3.2]), (6.0, [3.0, 4.0])):
-        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-        module.weight.grad = torch.full((1, 2), 9.0, dtype=torch.float64)  # of an earlier step: must go
-        before = [p.detach().clone() for p in module.parameters()]
-        erdp.optimizer_step((weight * module.weight).sum() + 4 * module.bias.sum(), module, optimizer, limit)
-        moved = [float(old.ravel()[0] - new.ravel()[0]) for old, new in zip(before, module.parameters())]
-        agree(f"a gradient of norm 5 clipped at {limit}", moved, expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25), torch.tensor(0.0)])
-def test_algorithm1_targets_move_by_the_rate_toward_their_network(rate):
-    target, source = nn.Linear(2, 1, dtype=torch.float64), nn.Linear(2, 1, dtype=torch.float64)
-    was_target, was_source = copy.deepcopy(target), copy.deepcopy(source)
-    erdp.soft_update(target, source, rate)
-    for moved, stayed, old, new in zip(*(m.parameters() for m in (target, source, was_target, was_source))):
-        agree("target <- rate source + (1 - rate) target", moved, float(rate) * new + (1 - float(rate)) * old)
-        assert torch.equal(stayed, new), "the network itself stays"
 
 
 def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
@@ -1639,9 +1608,12 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
     agree("the agent's SDE, of other settings", other.sde.theta_bar, literal_theta("vp", 7)[1])
     assert other.policy.layers[0].out_features == other.critics.weights[0].shape[2] == 9
     assert [o.param_groups[0]["lr"] for o in (other.policy_optimizer, other.critic_optimizer)] == [3e-4, 0.1]
+    for precision in ("float32", "tf32", "bf16"):
+        agent = Agent(3, 2, Args(precision=precision, num_critics=2))
+        assert agent.critics.bf16 == agent.critics_target.bf16 == (precision == "bf16")
 
 
-@pytest.mark.parametrize("max_q_backup, candidates", [(False, 1), (True, 10)])
+@pytest.mark.parametrize("max_q_backup, candidates", [(False, 1), (True, 10)], ids=["plain", "max Q-backup"])
 def test_algorithm1_noise_has_one_row_a_transition_and_ten_candidates_for_max_q_backup(max_q_backup, candidates):
     noise = erdp.noise_buffers(Args(batch_size=6, num_diffusion_steps=4, max_q_backup=max_q_backup), 3, "cpu")
     assert [tuple(part.shape) for part in noise] == [(6,), (6,), (6, 3), (6, 3), (4, candidates, 6, 3)]
@@ -1669,9 +1641,7 @@ def test_algorithm1_draws_rows_times_and_gaussians_of_their_laws():
         assert [torch.equal(a, b) for a, b in zip(noise, again)] == [same] * 5, "noise is a function of the generator"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Table 4, Section 4.1, and the rows of Tables 1 and 2
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Table 4, Section 4.1, and the rows of Tables 1 and 2 ============================================================
 SECTION_4_1 = dict(variant="paper", num_critics=64, lcb_coef=4.0, entropy_coef=0.01, num_diffusion_steps=5)
 SECTION_4_1 |= dict(batch_size=256, hidden=256, discount=0.99, critic_lr=3e-4, eval_every=50_000, eval_candidates=50)
 SECTION_4_1 |= dict(target_rate=0.005, ema_rate=0.005, ema_every=5, ema_start=1000, schedule="cosine", pessimism="lcb")
@@ -1752,9 +1722,7 @@ def test_table4_defaults_in_signatures_are_the_papers():
     assert {name: vars(Args())[name] for name in expected} == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Data ============================================================================================================
 class Recording(list):
     """Episodes as a Minari data set gives them."""
 
@@ -1838,26 +1806,14 @@ NESTED = st.dictionaries(st.sampled_from("wxyz"), BOXES | DICTS.map(Dict), min_s
 @given(BOXES | NESTED, st.integers(1, 4))
 def test_data_nested_observations_are_flattened_in_gymnasiums_order(space, n):
     samples = [space.sample() for _ in range(n)]
-
-    def columns(space, samples):
-        if isinstance(space, Box):
-            return np.stack(samples)
-        return {key: columns(part, [sample[key] for sample in samples]) for key, part in space.items()}
-
     expected = np.stack([gym.spaces.flatten(space, sample) for sample in samples]).astype(np.float32)
     parts = erdp.layout(space)
-    agree("flattened observations", erdp.flatten(parts, columns(space, samples)), expected, atol=0, rtol=0)
+    agree("flattened observations", erdp.flatten(parts, columns_of(space, samples)), expected, atol=0, rtol=0)
     agree("one alone", erdp.flatten(parts, samples[0]), expected[0], atol=0, rtol=0)
-
-
-def test_data_kitchen_takes_the_observation_alone_and_antmaze_all_of_it():
-    parts = {"achieved_goal": {"kettle": np.full((3, 7), 5.0)}, "observation": np.arange(6.0).reshape(3, 2)}
-    space = Dict(achieved_goal=Dict(kettle=Box(-9, 9, (7,))), observation=Box(-9, 9, (2,)))
-    recording = Recording([episode(0, [0, 0], observations=parts)])
-    kitchen = load(task_of(recording, "kitchen", Dict(observation=space["observation"])))
-    assert kitchen.state.tolist() == [[0, 1], [2, 3]] and kitchen.next_state.tolist() == [[2, 3], [4, 5]]
-    everything = load(task_of(recording, "antmaze", space))
-    assert everything.next_state.tolist() == [[5] * 7 + [2, 3], [5] * 7 + [4, 5]]
+    if isinstance(space, Dict):  # as of Kitchen's observations
+        (key, part), *_ = space.items()
+        some = np.stack([gym.spaces.flatten(part, sample[key]) for sample in samples]).astype(np.float32)
+        agree("a part", erdp.flatten({key: erdp.layout(part)}, columns_of(space, samples)), some, atol=0, rtol=0)
 
 
 def fixed_actor(sample, low, high, critics=None, **choices) -> erdp.Actor:
@@ -1988,7 +1944,7 @@ def test_data_minari_takes_the_newest_installed_version_else_the_newest_on_the_s
     assert downloaded == ["a/maze-v11", "a/pen-v11"] and os.environ["MINARI_DATASETS_PATH"] == str(tmp_path)
     assert {path.parent.name for path in tmp_path.rglob("data")} == {"maze-v11", "pen-v11"}
     for name in ("a/maze-v3", "a/hand"):
-        with pytest.raises(UserError, match=f"{name} is neither on the server nor in {tmp_path}.*a/maze-v10"):
+        with pytest.raises(UserError, match=f"{name} .*server.*{tmp_path}.*a/maze-v10"):
             erdp.open_minari(name)
 
 
@@ -2043,9 +1999,7 @@ def test_toy_data_is_unbalanced_and_follows_the_environment():
     assert env.best_return() == pytest.approx(toy_best(), rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Acting and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Acting and evaluation ===========================================================================================
 class Ledger(gym.Env):
     """Episodes of 1 to 7 steps that are recorded in `played`. Odd ones end terminal, even ones by a timeout; step 2 is
     a success. Observations are nested, action bounds differ."""
@@ -2140,12 +2094,6 @@ def test_evaluation_uses_two_workers_a_core_that_it_may_use_and_one_an_episode_a
         assert envs.num_envs == 10, "where the system knows no affinity, two a core"
 
 
-def test_evaluation_stops_when_told_to():
-    with contextlib.closing(erdp.make_envs(ledger_task(), 4)) as envs:
-        answers = iter([[], [], [True]])
-        assert erdp.evaluate(Gambler(), envs, 4, 0, lambda: next(answers)) is None
-
-
 def test_evaluation_reports_mean_deviation_score_success_and_length():
     result = dict(length=np.array([1.0, 2, 6]), success=np.array([0.0, 1, 1]))
     result["return"] = np.array([2.0, 7, 12])  # scores 0, 50 and 100
@@ -2189,11 +2137,6 @@ def test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value(name, fix
         assert_counts(f"{name}, state {state}", counts, p, others, comparisons=2 * len(CHOOSE))
 
 
-def test_actor_with_one_candidate_takes_a_plain_sample_and_asks_no_critic(fixed_samples):
-    actor = fixed_actor([[-1.0, 1.0]], np.array([-1.0, 0.0]), np.array([3.0, 0.5]))
-    assert actor(np.zeros((2, 2))).tolist() == [[-1, 0.5]] * 2
-
-
 def actor_of(candidates=6, seed=0, parts=(3,), **choices) -> erdp.Actor:
     torch.manual_seed(seed)
     agent = Agent(3, 2, Args(hidden=32, num_critics=2, eval_candidates=candidates, **choices))
@@ -2225,7 +2168,7 @@ def test_actor_takes_observations_as_the_environment_has_them_one_or_many():
     agree("a dict of one", act(dict(a=a[0], b=b[0]), 1), act(flat[0], 1), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("clip_denoised", [True, False])
+@pytest.mark.parametrize("clip_denoised", [True, False], ids=["action clip", "none"])
 def test_actors_samples_are_those_of_eq10_by_the_policy_clipped_as_in_training(clip_denoised):
     """One candidate a state, with the stream's Gaussians as x_T and the noise of the steps that follow."""
     actor, states = actor_of(1, clip_denoised=clip_denoised), torch.zeros(4, 3)
@@ -2238,9 +2181,7 @@ def test_actors_samples_are_those_of_eq10_by_the_policy_clipped_as_in_training(c
     agree("actions", found, low + (sample.double().numpy() + 1) / 2 * (high - low), rtol=1e-3, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Runs ============================================================================================================
 RUN = "--num-critics 2 --num-steps 12 --eval-every 4 --eval-episodes 2 --eval-candidates 3 --batch-size 8 --device cpu"
 RUN += " --ema-start 3"
 LOSSES = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
@@ -2301,7 +2242,8 @@ def outcome(folder) -> dict:
     """All that a run learnt and measured, clocks and settings that may change aside."""
     with open(folder / "metrics.csv", newline="") as file:
         lines = [dict(line, seconds="") for line in csv.DictReader(file)]
-    saved, policies = checkpoint(folder), [checkpoint(folder, name)["agent"] for name in ("policy.pt", "policy-best.pt")]
+    saved = checkpoint(folder)
+    policies = [checkpoint(folder, name)["agent"] for name in ("policy.pt", "policy-best.pt")]
     rows = [dict(row, seconds=0) for row in saved["rows"]]
     kept = {key: saved[key] for key in ("step", "totals", "generator", "agent", "about", "layout", "low", "high")}
     result = json.loads((folder / "result.json").read_text())
@@ -2350,7 +2292,7 @@ def test_runs_leave_a_folder_with_their_settings_and_measurements(finished):
     config, rows = config_of(finished), checkpoint(finished)["rows"]
     assert {field.name for field in dataclasses.fields(Args)} < config.keys()
     given = dict(env="toy", num_critics=2, num_steps=12, eval_every=4, batch_size=8, lr=1e-3, run_dir=str(finished))
-    about = dict(dataset_id="toy-20", transitions=512, episodes=256, state_dim=2, action_dim=1, device="cpu")
+    about = dict(dataset_id="toy-20", transitions=512, data_episodes=256, state_dim=2, action_dim=1, device="cpu")
     assert {key: config[key] for key in given | about} == given | about and "CPU" in config["device_name"]
     assert config["versions"].keys() > {"numpy", "minari", "mujoco"}
     assert config["versions"]["torch"] == torch.__version__
@@ -2365,8 +2307,9 @@ def test_runs_leave_a_folder_with_their_settings_and_measurements(finished):
         assert line == ["" if row[name] is None else str(row[name]) for name in header]
         assert row["success"] is None and row["length"] == 2, "the toy has no success and episodes of two steps"
         agree("score of the toy", row["score_mean"], 100 * row["return_mean"] / toy_best(), rtol=1e-4)
-    own_score = config["data_return"] / toy_best() * 100
-    assert config["data_score"] == pytest.approx(own_score, rel=1e-4) and 10 < own_score < 60
+    of_data = toy_reward(erdp.toy_data(0).next_state[:, 0]).sum() / 256
+    found = config["data_return"], config["data_score"]
+    assert found == pytest.approx((of_data, 100 * of_data / toy_best()), rel=1e-4) and of_data < 0.6 * toy_best()
 
 
 def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monkeypatch, capsys):
@@ -2381,11 +2324,14 @@ def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monk
     assert "final score 20.0, best 30.0 at update 8" in capsys.readouterr().out
     scores = json.loads((ours / "result.json").read_text())
     assert scores == pytest.approx(dict(final=20, best=30, best_step=8, steps=16), rel=1e-4)
-    evaluate([0.1, 0.3, 0.3])
-    assert run(short) == 0
-    weights = [checkpoint(*place)["agent"]["policy"] for place in ((ours, "policy-best.pt"), (short, "policy.pt"))]
-    assert_same("the best policy: as equals the newer", *weights)
-    assert_same("the last policy", checkpoint(ours, "policy.pt")["agent"]["policy"], checkpoint(ours)["agent"]["policy"])
+    evaluate([0.1, 0.3])
+    assert run(short, "--num-steps", "8") == 0
+
+    def weights(folder, name):
+        return checkpoint(folder, name)["agent"]["policy"]
+
+    assert_same("the best policy, of two the older", weights(ours, "policy-best.pt"), weights(short, "policy.pt"))
+    assert_same("the last policy", weights(ours, "policy.pt"), weights(ours, "checkpoint.pt"))
 
 
 def test_runs_log_for_tensorboard_without_a_gap_where_they_were_resumed(tmp_path, finished):
@@ -2664,9 +2610,7 @@ def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_w
     assert files(finished) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets and environments, end to end
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Data sets and environments, end to end ==========================================================================
 SHORT = "--num-critics 2 --num-steps 4 --eval-every 2 --eval-episodes 3 --eval-candidates 2 --batch-size 4 --device cpu"
 SHORT += " --hidden 16"
 
@@ -2714,7 +2658,7 @@ def test_run_on_a_tiny_minari_data_set_and_evaluation_without_it(minari_root, tm
     """From data to score, with nested observations, action bounds that differ and the set's own reference scores."""
     dataset, folder = make_minari(spec_of(LEDGER), ref_min_score=2.0, ref_max_score=12.0), tmp_path / "run"
     assert erdp.main([*SHORT.split(), "--dataset", dataset, "--run-dir", str(folder)]) == 0
-    assert "return 2.00, a score of 0.0" in capsys.readouterr().out, "of the data's own episodes"
+    assert "mean return 1.50, score -5.0" in capsys.readouterr().out, "of the data's first 3 steps"
     config, rows = config_of(folder), checkpoint(folder)["rows"]
     found = [config[key] for key in ("dataset_id", "transitions", "state_dim", "action_dim", "env", "loss")]
     assert found == ["made/data-v0", 8, 4, 2, "made/data-v0", "noise"], "Args' own settings"
@@ -2755,8 +2699,8 @@ def test_run_with_actions_of_any_shape(shape, minari_root, tmp_path):
 
 
 def test_run_without_reference_scores_or_time_limit_says_so(minari_root, tmp_path, capsys):
-    argv = [*SHORT.split(), "--dataset", make_minari(spec_of(LEDGER, None), steps=2), "--run-dir", str(tmp_path / "run")]
-    assert erdp.main(argv) == 0
+    dataset = make_minari(spec_of(LEDGER, None), steps=2)
+    assert erdp.main([*SHORT.split(), "--dataset", dataset, "--run-dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "made/data-v0 has no reference scores: its score is the return" in said
     assert "Made-v0 has no time limit: its episodes are cut after 2 steps" in said, "as the longest recorded one"
@@ -2789,7 +2733,7 @@ def test_run_resumed_elsewhere_takes_the_data_that_its_checkpoint_names(refused,
     go_on = ["--run-dir", str(folder), "--resume", "--num-steps"]
     assert erdp.main([*go_on, "6"]) == 0, "a run knows itself"
     assert (config_of(folder)["dataset_id"], config_of(folder)["env"]) == ("made/data-v0", "made/data")
-    refused(["--resume", "--num-steps", "8", "--dataset", "made/data-v1"], "checksum", str(folder), folder=folder)
+    refused(["--resume", "--num-steps", "8", "--dataset", "made/data-v1"], str(folder), folder=folder)
     shutil.copytree(minari_root / "made/data-v0", minari_root / "made/moved-v0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(erdp, "LOG_EVERY", 1)
@@ -2806,7 +2750,7 @@ def test_run_resumed_elsewhere_takes_the_same_hdf5_file_by_any_path(refused, tmp
     assert erdp.main(["--run-dir", str(folder), "--resume", "--num-steps", "5", "--dataset", str(there)]) == 0
     assert checkpoint(folder)["step"] == 5
     d4rl_file(there, rewards=np.ones(6))
-    refused(["--resume", "--num-steps", "6", "--dataset", str(there)], "checksum", folder=folder)
+    refused(["--resume", "--num-steps", "6", "--dataset", str(there)], folder=folder)
 
 
 UMAZE = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1], [1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]
@@ -2872,58 +2816,31 @@ def test_antmaze_is_evaluated_in_the_walls_of_its_data_or_not_at_all(antmaze, ca
         assert (task.ref_min, task.ref_max, task.spec.max_episode_steps) == (0, 1, 700)
 
 
-@pytest.fixture(scope="session")
-def recorded() -> Path:
+RECORDED = {
+    "antmaze-umaze-v0": ("standin/antmaze/umaze-v0", (31, 8)),
+    "kitchen-complete-v0": ("standin/kitchen/random-v0", (59, 9)),
+    "pen-human-v1": ("standin/pen/human-v0", (45, 24)),
+    "walker2d-medium-v2": ("standin/d4rl/walker2d-medium-v2.hdf5", (17, 6)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env", RECORDED)
+def test_run_on_recorded_data(env, monkeypatch, tmp_path, capsys):
     if not os.environ.get("ERDP_DATA"):
         pytest.skip("ERDP_DATA is not set: no folder of recorded data")
-    return Path(os.environ["ERDP_DATA"])
-
-
-def recorded_args(recorded, monkeypatch, env, dataset, *more) -> list[str]:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(recorded / "minari"))
-    return [*SHORT.split(), "--env", env, "--dataset", dataset, *more]
-
-
-@pytest.mark.slow
-def test_recorded_antmaze_has_as_many_transitions_as_counted_by_hand(recorded, monkeypatch):
-    args = erdp.parse(recorded_args(recorded, monkeypatch, "antmaze-umaze-v0", "standin/antmaze/umaze-v0"))
-    task = erdp.open_task(args)
-    data = erdp.load_data(task, args)
-    steps = goals = in_time = 0
-    with h5py.File(recorded / "minari/standin/antmaze/umaze-v0/data/main_data.hdf5") as file:
-        for name in file:
-            at_goal = np.flatnonzero(file[name]["rewards"][()] == 1)
-            steps += at_goal[0] + 1 if len(at_goal) else len(file[name]["rewards"])
-            goals += len(at_goal) > 0
-            in_time += len(at_goal) > 0 and at_goal[0] < 700
-    assert 0 < goals < steps
-    assert (len(data.reward), data.terminal.sum(), (data.reward == 2).sum()) == (steps, goals, goals)
-    assert data.state.shape == (steps, 31) and data.terminal[data.reward == 2].all() and task.returns.sum() == in_time
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "env, dataset, sizes",
-    [
-        ("antmaze-umaze-v0", "standin/antmaze/umaze-v0", (31, 8)),
-        ("kitchen-complete-v0", "standin/kitchen/random-v0", (59, 9)),
-        ("pen-human-v1", "standin/pen/human-v0", (45, 24)),
-        ("walker2d-medium-v2", "walker2d-medium-v2.hdf5", (17, 6)),
-    ],
-)
-def test_run_on_recorded_data(recorded, monkeypatch, tmp_path, capsys, env, dataset, sizes):
-    source = str(recorded / "standin/d4rl" / dataset) if dataset.endswith("5") else dataset
+    folder, (source, sizes) = Path(os.environ["ERDP_DATA"]), RECORDED[env]
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
+    argv = ["--env", env, "--dataset", str(folder / source) if source.endswith("5") else source]
     few = ["--run-dir", str(tmp_path / "run"), "--eval-every", "4", "--eval-episodes", "1"]
-    assert erdp.main(recorded_args(recorded, monkeypatch, env, source, *few)) == 0
+    assert erdp.main([*SHORT.split(), *argv, *few]) == 0
     assert capsys.readouterr().err == "", "nothing on stderr, whatever the packages print"
     about, (row,) = checkpoint(tmp_path / "run")["about"], checkpoint(tmp_path / "run")["rows"]
     assert (about["state_dim"], about["action_dim"]) == sizes
     assert row["length"] >= 1 and (row["success"] is None) == (not env.startswith(("antmaze", "pen")))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Bad input =======================================================================================================
 @pytest.fixture
 def refused(capsys, tmp_path):
     """Checks that main refuses its arguments with status 2 and one sentence, with `words`, and touches nothing."""
@@ -2948,13 +2865,11 @@ def refused(capsys, tmp_path):
     [
         (["--env", "hoper-medium-v2"], ["hoper-medium-v2", "hopper-medium-v2"]),
         (["--env", "antmaze-umaze"], ["antmaze-umaze", "antmaze-umaze-v0"]),
-        (["--env", "x"], ["x", "nearest"]),
         (["--env", "toy", "--dataset", "a.hdf5"], ["a.hdf5", "toy-0 to toy-99"]),
         (["--env", "toy", "--dataset", "toy-100"], ["toy-100", "toy-0 to toy-99"]),
         (["--dataset", "a.hdf5"], ["a.hdf5", "does not exist"]),
         (["--dataset", "two words"], ["two words", "Minari id"]),
         (["--dataset", "../data-v0"], ["../data-v0"]),
-        (["--dataset", "a//data-v0"], ["a//data-v0"]),
         (["--dataset", "data.csv"], ["data.csv", ".hdf5"]),
         (["--num-steps", "many"], ["--num-steps", "many"]),
         (["--batch-size", "1.5"], ["--batch-size", "1.5"]),
@@ -2968,7 +2883,6 @@ def refused(capsys, tmp_path):
         (["--num-diffusion-steps", "2", "--variant", "released"], ["--num-diffusion-steps", "at least 3"]),
         (["--device", "cuda:200"], ["cuda:200", "--device cpu"]),
         (["--device", "cpu:3"], ["cpu:3", "cuda"]),
-        (["--device", "gpu"], ["gpu", "cuda"]),
         (["--precision", "tf32", "--device", "cpu"], ["--precision tf32", "--device cpu"]),
         (["--seed", str(2**63)], ["--seed", str(2**63), "less than 2**63"]),
         (["--checkpoint", "a.pt"], ["--checkpoint", "--eval-only"]),
@@ -3184,21 +3098,6 @@ def test_bad_data_set_of_another_row_is_refused(env, refused, minari_root):
     refused([*SHORT.split(), "--env", env, "--dataset", make_minari(spec_of(LEDGER))])
 
 
-def test_bad_minari_actions_outside_their_bounds_are_refused(refused, minari_root):
-    actions = [np.array([3.01, 0.2], np.float32)] * 4
-    refused([*SHORT.split(), "--dataset", make_minari(spec_of(LEDGER), actions=actions)], "outside their bounds")
-
-
-@contextlib.contextmanager
-def hanging():
-    """A function that does not return before the test has ended."""
-    done = threading.Event()
-    try:
-        yield lambda *_, **__: done.wait(60)
-    finally:
-        done.set()
-
-
 def test_bad_minari_download_fails_with_a_way_out_and_leaves_nothing(refused, minari_root, monkeypatch):
     import minari
 
@@ -3215,10 +3114,11 @@ def test_bad_minari_download_fails_with_a_way_out_and_leaves_nothing(refused, mi
     monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: {"D4RL/pen/human-v2": {}})
     monkeypatch.setattr(minari, "download_dataset", half)
     refused(args, *ways, "Network is unreachable")
-    refused([*SHORT.split(), "--dataset", "D4RL/pen/robot-v4"], "D4RL/pen/robot-v4", "neither", str(minari_root))
-    with hanging() as silence:
-        monkeypatch.setattr(minari, "list_remote_datasets", silence)
-        refused(args, *ways)
+    refused([*SHORT.split(), "--dataset", "D4RL/pen/robot-v4"], "D4RL/pen/robot-v4", str(minari_root))
+    silence = threading.Event()
+    monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: silence.wait(60))
+    refused(args, *ways)
+    silence.set()
     assert not [path for path in minari_root.iterdir() if path.name != ".erdp-lock"]
 
 
@@ -3282,9 +3182,7 @@ def test_bad_hdf5_folder_is_refused(below, refused, tmp_path, monkeypatch):
     refused([*SHORT.split(), "--env", "hopper-medium-v2"], str(tmp_path / "file" / below / "hopper_medium-v2.hdf5"))
 
 
-def test_hdf5_is_downloaded_once_and_another_process_that_fetches_it_is_waited_for(
-    d4rl_folder, monkeypatch, tmp_path, capsys
-):
+def test_hdf5_is_downloaded_once_or_by_another_process(d4rl_folder, monkeypatch, tmp_path, capsys):
     content = d4rl_file(tmp_path / "a.hdf5").read_bytes()
     args = erdp.parse([*SHORT.split(), "--env", "hopper-medium-v2"])
     with server(OK + f"Content-Length: {len(content)}\r\n\r\n".encode() + content) as address:
@@ -3334,7 +3232,7 @@ def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(ref
 def test_bad_resume_past_the_end_or_on_other_data_is_refused(refused, copied, monkeypatch):
     unfinished(copied)
     refused(["--resume", "--num-steps", "11"], "12", "--num-steps 11", folder=copied)
-    refused(["--resume", "--dataset", "toy-21"], "checksum", "512", folder=copied)
+    refused(["--resume", "--dataset", "toy-21"], "512", folder=copied)
     toy_data = erdp.toy_data
     monkeypatch.setattr(erdp, "toy_data", lambda *given: toy_data(*given, episodes=77))
     refused(["--resume"], "'transitions': 512", "'transitions': 154", folder=copied)
@@ -3405,9 +3303,7 @@ def test_help_shows_the_rows_own_settings(capsys):
     assert "3e-05" in said and all("--" + f.name.replace("_", "-") in said for f in dataclasses.fields(Args))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== Real processes ==================================================================================================
 @pytest.fixture
 def process():
     """Starts Python processes; those that a failed test leaves behind are killed."""
@@ -3443,29 +3339,6 @@ def test_bad_input_of_a_real_process(argv, words, env, process, tmp_path):
     assert (child.returncode, out) == (2, ""), f"status {child.returncode}, expected 2: {err}"
     assert err.startswith("erdp: ") and err.count("\n") == 1 and words in err, f"not one sentence: {err!r}"
     assert list(tmp_path.iterdir()) == []
-
-
-KILLED = """
-import os, signal, sys, torch, erdp
-torch.set_num_threads(1)
-update = erdp.update
-def dying(agent, *rest):
-    if agent.updates == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(agent, *rest)
-erdp.update = dying
-erdp.main(sys.argv[2:])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 10])
-def test_runs_killed_and_resumed_are_the_uninterrupted_one(step, finished, process, tmp_path):
-    child = process("-c", KILLED, step, *RUN.split(), "--run-dir", tmp_path / "run")
-    child.communicate(timeout=120)
-    assert child.returncode == -signal.SIGKILL and checkpoint(tmp_path / "run")["step"] == step // 4 * 4
-    assert run(tmp_path / "run", "--resume") == 0
-    assert_same(f"killed at update {step}", outcome(tmp_path / "run"), outcome(finished))
 
 
 def children(pid) -> list:
@@ -3512,15 +3385,185 @@ def test_runs_of_a_real_process_end_with_their_workers_and_go_on(number, status,
         assert_same(f"stopped at update {step}: {key}", checkpoint(ours)[key], checkpoint(theirs)[key])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiled and captured updates, and CUDA
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== What a CUDA graph of `update` needs, without a GPU ==============================================================
+IN_PLACE = {
+    "paper": dict(),
+    "released": dict(variant="released", loss="likelihood", clip_denoised=False),
+    "antmaze": dict(max_q_backup=True, loss="posterior", entropy_coef=0.5),
+    "min": dict(pessimism="min"),
+    "one critic": dict(num_critics=1),
+    "bf16": dict(precision="bf16"),
+}
+
+
+class NoHostOperations(TorchDispatchMode):
+    """Refuses what waits for the device on CUDA: a value that Python reads, a shape that depends on values."""
+
+    REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
+    REFUSED |= {"bincount", "pin_memory"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert name not in self.REFUSED, f"{function} waits for the device"
+        if name.startswith("index"):
+            masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if isinstance(args[1], list) else []
+            assert not masks, f"{function} with a mask waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class NoHostCopies(TorchFunctionMode):
+    """Refuses what copies a tensor to the host: on the CPU such a copy does nothing, so no dispatch mode sees it."""
+
+    REFUSED = {"cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "cuda"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        assert name not in self.REFUSED, f"{name} copies to the host"
+        to_device = name == "to" and any(isinstance(x, str) for x in (*args[1:], *kwargs.values()))
+        assert not to_device, "`to` names a device"
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def no_host_synchronisation():
+    with NoHostOperations(), NoHostCopies():
+        yield
+
+
+class NoRandomNumbers(TorchDispatchMode):
+    """Refuses every operation that draws."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        drawn = torch.Tag.nondeterministic_seeded in function.tags
+        assert not drawn, f"{function} draws inside the update"
+        return function(*args, **(kwargs or {}))
+
+
+def prepared(**choices):
+    """(a function that makes one update in place, agent, noise, data, latest metrics), as `erdp.train` sets them up."""
+    torch.manual_seed(0)
+    args = dataclasses.replace(Args(batch_size=8, num_critics=3), **choices)
+    agent = Agent(3, 2, args)
+    data = Batch(torch.randn(50, 3), torch.rand(50, 2) * 2 - 1, torch.randn(50), torch.randn(50, 3), torch.zeros(50))
+    noise, latest = erdp.noise_buffers(args, 2, "cpu"), torch.zeros(len(erdp.METRICS))
+    erdp.sample_noise(noise, 50, torch.Generator().manual_seed(0))
+
+    def learn():
+        measured = erdp.update(agent, Batch(*(column[noise.rows] for column in data)), noise)
+        latest.copy_(torch.stack([measured[name] for name in erdp.METRICS]))
+
+    return learn, agent, noise, data, latest
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_update_never_waits_for_the_device(name):
+    learn, *_ = prepared(**IN_PLACE[name])
+    learn()  # what is initialised on first use runs outside the graph too
+    with no_host_synchronisation():
+        learn()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.nonzero(),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device="cpu"),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: torch.zeros(3)[x.sum().long()],
+        lambda x: x.tolist(),
+    ],
+)
+def test_the_refusal_sees_what_waits(wait):
+    with pytest.raises(AssertionError), no_host_synchronisation():
+        wait(torch.ones(4))
+
+
+def addresses(agent, noise, data, latest) -> dict:
+    """data_ptr of every tensor that a replay reads or writes, by name."""
+    found = {f"noise {k}": x.data_ptr() for k, x in enumerate(noise)}
+    found |= {f"data {k}": x.data_ptr() for k, x in enumerate(data)}
+    found |= {"latest": latest.data_ptr(), "updates": agent.updates.data_ptr()}
+    for part in ("policy", "critics", "policy_ema", "critics_target"):
+        module = getattr(agent, part)
+        named = itertools.chain(module.named_parameters(), module.named_buffers())
+        found |= {f"{part} {name}": tensor.data_ptr() for name, tensor in named}
+    for part in ("policy_optimizer", "critic_optimizer"):
+        for k, state in enumerate(getattr(agent, part).state.values()):
+            found |= {f"{part} {k} {name}": tensor.data_ptr() for name, tensor in state.items()}
+    for name, value in vars(agent.sde).items():
+        if isinstance(value, torch.Tensor):
+            found[f"sde {name}"] = value.data_ptr()
+    return found
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_update_works_in_place_at_static_addresses(name):
+    learn, *tensors = prepared(**IN_PLACE[name])
+    learn()
+    agent, noise, data, latest = tensors
+    before, values = addresses(*tensors), [p.detach().clone() for p in agent.critics.parameters()]
+    for seed in range(3):
+        erdp.sample_noise(noise, 50, torch.Generator().manual_seed(seed))
+        learn()
+    assert addresses(*tensors) == before
+    assert any("exp_avg" in key for key in before) and any("sde" in key for key in before)
+    assert not all(torch.equal(p, old) for p, old in zip(agent.critics.parameters(), values)), "something was learnt"
+    assert agent.updates == 4
+
+
+def test_loading_a_checkpoint_leaves_the_networks_where_they_are():
+    _, agent, noise, data, latest = prepared()
+    other = prepared(entropy_coef=0.5)[1]
+    before = addresses(agent, noise, data, latest)
+    agent.load_state_dict(other.state_dict())
+    after = addresses(agent, noise, data, latest)
+    assert all(after[key] == where for key, where in before.items())
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_update_draws_nothing(name):
+    learn, *_ = prepared(**IN_PLACE[name])
+    state = torch.get_rng_state()
+    with NoRandomNumbers():
+        learn()
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(AssertionError), NoRandomNumbers():
+        torch.randn(3)
+
+
+@pytest.mark.parametrize("rows, inner, columns", [(256, 256, 256), (8, 39, 256), (2560, 55, 256), (3, 5, 2)])
+@pytest.mark.parametrize("members", [None, 1, 64])
+def test_float32_products_stay_float32_whatever_library_makes_them(rows, inner, columns, members):
+    """bfloat16 factors would be wrong by 2**-9 an element, TF32 ones by 2**-12."""
+    before = torch.get_float32_matmul_precision()
+    erdp.set_matmul_precision(Args())
+    try:
+        generator, lead = torch.Generator().manual_seed(0), () if members is None else (members,)
+        a = torch.randn(*lead, rows, inner, generator=generator, requires_grad=True)
+        b = torch.randn(*lead, inner, columns, generator=generator, requires_grad=True)
+        out = a @ b
+        out.backward(torch.ones_like(out))
+        exact, ones = a.detach().double() @ b.detach().double(), torch.ones_like(out, dtype=torch.float64)
+        pairs = (out, exact), (a.grad, ones @ b.detach().double().mT), (b.grad, a.detach().double().mT @ ones)
+        for ours, theirs in pairs:
+            scale = float(theirs.square().mean().sqrt())
+            assert (ours - theirs).abs().max() < 2**-14 * scale, "the products have float32's precision"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ==== Compiled and captured updates, and CUDA =========================================================================
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-def moved(values, device):
-    return type(values)(*(value.to(device) for value in values))
+def moved(values, device, dtype=torch.float64):
+    return type(values)(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in values))
 
 
 def agent_on(device, dtype=torch.float64, **choices) -> Agent:
@@ -3532,18 +3575,6 @@ def agent_on(device, dtype=torch.float64, **choices) -> Agent:
     agent.sde = erdp.MeanRevertingSDE(source.args.num_diffusion_steps, source.args.schedule, dtype, device)
     agent.load_state_dict(source.state_dict())
     return agent
-
-
-def cast(values, dtype):
-    return type(values)(*(value.to(dtype) if value.is_floating_point() else value for value in values))
-
-
-VARIANTS = {
-    "paper": dict(),
-    "released": dict(variant="released", loss="likelihood", clip_denoised=False),
-    "antmaze": dict(max_q_backup=True, loss="posterior", entropy_coef=0.5),
-    "min": dict(pessimism="min"),
-}
 
 
 def losses_and_gradients(agent, batch, noise) -> dict:
@@ -3560,14 +3591,14 @@ def losses_and_gradients(agent, batch, noise) -> dict:
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ALGORITHM1)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_cuda_losses_and_gradients_agree_with_the_cpus(name, dtype, tolerance):
     found = []
     for device in ("cpu", "cuda"):
-        agent = agent_on(device, dtype, **VARIANTS[name])
+        agent = agent_on(device, dtype, **ALGORITHM1[name])
         batch, noise = random_batch(4), random_noise(agent.args, torch.Generator().manual_seed(0))
-        found.append(losses_and_gradients(agent, moved(cast(batch, dtype), device), moved(cast(noise, dtype), device)))
+        found.append(losses_and_gradients(agent, moved(batch, device, dtype), moved(noise, device, dtype)))
     for key, value in found[0].items():
         scale = 1 + float(value.abs().max())
         agree(f"{key}, CPU and CUDA, {dtype}", found[1][key], value, rtol=tolerance, atol=tolerance * scale)
@@ -3601,20 +3632,20 @@ def check_fast_updates(device, updates, capture=False, **choices):
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_updates_equal_eager_ones(monkeypatch, tmp_path):
+def test_compiled_updates_are_the_eager_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     check_fast_updates("cpu", 12, compile=True, ema_start=3, max_q_backup=True, num_diffusion_steps=2)
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", VARIANTS)
-def test_cuda_captured_updates_equal_eager_ones(name):
-    check_fast_updates("cuda", 100, capture=True, ema_start=20, **VARIANTS[name])
+@pytest.mark.parametrize("name", ALGORITHM1)
+def test_cuda_captured_updates_are_the_eager_ones(name):
+    check_fast_updates("cuda", 100, capture=True, **dict(ema_start=20) | ALGORITHM1[name])
 
 
 @pytest.mark.slow
 @needs_cuda
-def test_cuda_compiled_and_captured_updates_equal_eager_ones(monkeypatch, tmp_path):
+def test_cuda_compiled_and_captured_updates_are_the_eager_ones(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     check_fast_updates("cuda", 100, capture=True, compile=True, ema_start=20)
 

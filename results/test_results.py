@@ -1,4 +1,4 @@
-"""Tests of the mathematics of the studies in results/."""
+"""Tests of the scripts around erdp.py: the mathematics of the studies in results/, the report, and run_all.sh."""
 
 import importlib
 import math
@@ -48,7 +48,7 @@ def test_results_benchmarks_plain_ensemble_is_the_same_function_with_gradients_t
 
 def test_results_benchmarks_bound_counts_the_operations_of_the_paper():
     benchmark = script("benchmark")
-    step, operations = benchmark.products(Args(num_critics=2), 31, 8)
+    step, operations, _ = benchmark.products(Args(num_critics=2), 31, 8)
     critic, policy = 39 * 256 + 2 * 256**2, 55 * 256 + 2 * 256**2  # multiplications a row, without the last layers
     backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # of Q: activations, weights; in the policy's step
     assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
@@ -67,7 +67,7 @@ def test_results_exact_noise_is_the_mean_of_eps_given_x_t_by_quadrature(t):
         weight = prior * np.exp(-0.5 * (eps**2 - (eps**2).min()))
         expected.append([(weight * eps).sum() / weight.sum()])
     x_t = torch.tensor([[-1.3], [0.0], [0.4]], dtype=torch.float64)
-    exact_noise = script("known_noise").exact_noise
+    exact_noise = script("figure2").exact_noise
     agree("E(eps | x_t)", exact_noise(sde64(), x_t, t, modes, width), expected, rtol=1e-6)
     agree("t as a tensor", exact_noise(sde64(), x_t, torch.full((3,), t), modes, width), expected, rtol=1e-6)
 
@@ -75,25 +75,25 @@ def test_results_exact_noise_is_the_mean_of_eps_given_x_t_by_quadrature(t):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("T", [2, 5, 30])
 def test_results_closed_form_deviations_obey_their_recursions(schedule, T):
-    known, width, (prime, bar) = script("known_noise"), 0.3, literal_theta(schedule, T)
+    figure2, width, (prime, bar) = script("figure2"), 0.3, literal_theta(schedule, T)
     sde = sde64(T, schedule)
-    network = known.predictor(sde, [0.0], width)
+    network = figure2.predictor(sde, [0.0], width)
     variances = {1.0: 1.0, 0.0: 1.0}
     for last in variances:
         for t in range(T, 0, -1):
             spread = math.exp(-2 * bar[t]) * width**2 + 1 - math.exp(-2 * bar[t])  # of x_t: its score is -x_t / spread
             noise = 2 * prime[t] * (last if t == 1 else 1.0)
             variances[last] = (1 + prime[t] - 2 * prime[t] / spread) ** 2 * variances[last] + noise
-    samplers = script("figure2").SAMPLERS.values()
+    samplers = figure2.SAMPLERS.values()
     expected = [gaussian_recursion(schedule, T, 0.0, width)[1][1], *variances.values()]
-    actual = [known.closed_form_deviation(sampler, sde, network) ** 2 for sampler in samplers]
+    actual = [figure2.closed_form_deviation(sampler, sde, network) ** 2 for sampler in samplers]
     agree("variances of optimal sampling, of the reverse SDE, and with a quiet end", actual, expected, rtol=1e-9)
 
 
 def test_results_x0_hat_loses_the_variance_of_x0_given_x_t():
     for t, bar in list(enumerate(literal_theta("cosine", 5)[1]))[1:]:
         given = 1 / (1 / 0.3**2 + math.exp(-2 * bar) / (1 - math.exp(-2 * bar)))  # Var(x_0 | x_t), two precisions added
-        actual = script("known_noise").deviation_of_x0_hat(sde64(), 0.3, t)
+        actual = script("figure2").deviation_of_x0_hat(sde64(), 0.3, t)
         agree("deviation of E(x_0 | x_t)", actual, math.sqrt(0.09 - given))
 
 
@@ -120,24 +120,41 @@ def test_results_paper_variant_multiplies_the_predicted_noise_by_what_it_says(al
         def policy(*_):
             return torch.full_like(eps, prediction)
 
-        return float(erdp.policy_loss(policy, critics, sde, batch, noise, critics(None, action), args)["policy_loss"])
+        q_data = critics(None, action)
+        return float(erdp.policy_loss(policy, critics, sde, batch, noise, q_data, args)["policy_loss"])
 
     best = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options=dict(xatol=1e-8)).x
     agree("E(eps | x_t) / (1 - alpha / 2)", best, 0.3 / (1 - alpha / 2), rtol=0.02, atol=0)
 
 
-def test_results_expected_deviation_of_the_paper_variant_obeys_its_recursion():
+@pytest.mark.parametrize("variant", ["none", "paper", "debruijn"])
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 0.1, 1.0])
+def test_results_expected_deviation_obeys_its_recursion(variant, alpha):
+    entropy, (prime, bar), variance = script("entropy"), literal_theta("cosine", 5), 1.0
+    for t in range(5, 0, -1):
+        var, past, step = (1 - math.exp(-2 * theta) for theta in (bar[t], bar[t - 1], prime[t]))
+        divisor = dict(none=1.0, paper=1 - alpha / 2, debruijn=1 + 5 * alpha * (t <= 2) * prime[t] / var)[variant]
+        noise = math.sqrt(var) / (math.exp(-2 * bar[t]) * 0.3**2 + var) / divisor  # predicted, per x_t
+        x_0 = math.exp(bar[t]) * (1 - math.sqrt(var) * noise)
+        slope = past / var * math.exp(-prime[t]) + step / var * math.exp(-bar[t - 1]) * x_0
+        variance = slope**2 * variance + past * step / var
+    assert entropy.expected_deviation(variant, alpha) == f"{math.sqrt(variance):.3g}"
+    assert entropy.expected_deviation("paper", 2.0) == "no minimum" and entropy.expected_deviation("released", 1) == ""
+
+
+@pytest.mark.parametrize("all_times", [False, True])
+def test_results_h_hat_of_a_gaussian_and_of_a_point_have_their_closed_forms(all_times):
     entropy, (prime, bar) = script("entropy"), literal_theta("cosine", 5)
-    for alpha in (0.0, 0.01, 0.1, 1.0):
-        variance = 1.0
-        for t in range(5, 0, -1):
-            var, past, step = (1 - math.exp(-2 * theta) for theta in (bar[t], bar[t - 1], prime[t]))
-            noise = math.sqrt(var) / (math.exp(-2 * bar[t]) * 0.3**2 + var) / (1 - alpha / 2)  # predicted, per x_t
-            x_0 = math.exp(bar[t]) * (1 - math.sqrt(var) * noise)
-            slope = past / var * math.exp(-prime[t]) + step / var * math.exp(-bar[t - 1]) * x_0
-            variance = slope**2 * variance + past * step / var
-        assert entropy.expected_deviation("paper", alpha) == f"{math.sqrt(variance):.3g}"
-    assert entropy.expected_deviation("paper", 2.0) == "no minimum"
+    times = range(1, 6 if all_times else 3)
+
+    def closed(width):
+        fisher = (1 / (1 - math.exp(-2 * bar[t]) * (1 - width**2)) for t in times)
+        return 0.5 * math.log(2 * math.pi * math.e) - sum(prime[t] * (f - 1) for t, f in zip(times, fisher))
+
+    sde = entropy.sde_of(5, all_times)
+    exact = entropy.widened(sde, ([0.2], 0.3), 0.0)
+    agree("H-hat", entropy.h_hat(sde, exact, ([0.2], 0.3)), closed(0.3), atol=2e-3)
+    assert all_times or abs(entropy.least_h_hat(5) - closed(0.0)) < 1e-10
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -166,7 +183,7 @@ def test_results_term_norms_are_those_of_each_term_differentiated_alone(variant)
     parameters = list(agent.policy.parameters())
     alone = [torch.cat([g.ravel() for g in torch.autograd.grad(x, parameters, retain_graph=True)]) for x in terms]
     expected = [float(g.norm()) for g in alone] + [float(torch.cosine_similarity(alone[2], alone[0], dim=0))]
-    agree("norms and cosine", entropy.term_norms(agent, data, args, count=1), expected, rtol=2e-3, atol=1e-4)
+    agree("norms and cosine", entropy.term_norms(agent, data, args, batches=1), expected, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["noise", "posterior", "likelihood"])
@@ -184,7 +201,7 @@ def test_results_minimiser_is_where_the_loss_has_no_slope(loss, T, t):
     best = likelihood.minimiser(sde, loss, x_t, times[:1], state)
 
     def at(prediction):
-        return erdp.LOSSES[loss](sde, x_0, x_t.expand(2, 2), times, eps, prediction.expand(2, 2))
+        return erdp.diffusion_loss(sde, x_0, x_t.expand(2, 2), times, eps, prediction.expand(2, 2), loss)
 
     for direction in torch.eye(2, dtype=torch.float64):
         up, here, down = (float(at(best + step * direction)) for step in (1.0, 0.0, -1.0))
@@ -192,11 +209,13 @@ def test_results_minimiser_is_where_the_loss_has_no_slope(loss, T, t):
         agree("the parabola's axis: equal to both sides", up - down, 0.0, atol=1e-8 * max(1.0, up))
 
 
-@pytest.mark.parametrize("name", ["figure2", "entropy", "likelihood"])
+@pytest.mark.parametrize("name", ["figure2", "entropy", "likelihood", "equivalence"])
 def test_results_scripts_refuse_bad_input_in_one_sentence(name, tmp_path, monkeypatch, capsys):
     file = tmp_path / "file"
     file.write_text("")
     commands = [["--out", str(file)]]
+    if name == "equivalence":
+        commands = [["checkout", "--out", str(file)], [str(tmp_path)], [str(tmp_path / "none")]]
     if name == "entropy":
         commands += [["--out", str(tmp_path), "--checkpoint", str(file)], ["--checkpoint", str(tmp_path / "none.pt")]]
     for command in commands:
