@@ -22,9 +22,8 @@ import erdp
 BATCHES = 20  # over which gradients are averaged
 
 
-def load(folder: Path):
-    """The agent of a run's checkpoint.pt, on the CPU, that run's data and the update. Raises erdp.UserError."""
-    path = folder / "checkpoint.pt"
+def load(path: Path):
+    """The agent of a run's checkpoint.pt, on the CPU, that run's data and task, and the update. Raises UserError."""
     saved = erdp.load_file(path)
     args, name = saved["args"], saved["dataset_id"]
     data = args.dataset if name.endswith((".hdf5", ".h5")) else name
@@ -167,7 +166,7 @@ def start_actions(agent, data, starts) -> dict[str, np.ndarray]:
 # ==== 3. The page =====================================================================================================
 
 def diagnosis(folder: Path, out: Path) -> str:
-    agent, data, task, step = load(folder)
+    agent, data, task, step = load(folder / "checkpoint.pt")
     args, ends, rows = agent.args, episode_ends(data), np.arange(len(data.reward))
     starts, end = np.append(0, ends[:-1] + 1), ends[np.searchsorted(ends, rows)]
     returns = returns_to_go(data.reward.numpy(), ends, args.discount)

@@ -74,8 +74,8 @@ def arms_table(shares: dict[str, dict[str, Group]]) -> str:
         for name, group in arms.items():
             x, (_, curve) = np.array([*group.finals().values()]), group.curve()
             unsteady = curve[:, curve.shape[1] // 2 :].std(1).mean()
-            low, high = interval(x, middle)
-            figures = f"{middle(x):.1f} [{low:.1f}, {high:.1f}]", f"{x.std():.1f}", f"{(x < MISSES).sum()}"
+            bounds = "[{:.1f}, {:.1f}]".format(*interval(x, middle)) if len(x) > 2 else ""
+            figures = f"{middle(x):.1f} {bounds}", f"{x.std():.1f}", f"{(x < MISSES).sum()}"
             lines.append([f"{share_of(data)}%", name, *figures, f"{unsteady:.1f}", len(x)])
     head = ["share", "policy", "final return", "deviation", "seeds that miss", "deviation in training", "seeds"]
     return table(head, lines)
@@ -97,7 +97,8 @@ def pairs_table(shares: dict[str, dict[str, Group]]) -> str:
             spread = in_words(np.exp(log_ratio(x)), np.exp(interval(x, log_ratio)), ".2f")
             better = f"{(gain > 0).sum()} of {len(seeds)}"
             lines.append([f"{share_of(data)}%", f"{first} against {second}", returns, better, spread])
-    return table(["share", "policies", "difference in return", "better seeds", "ratio of deviations"], lines)
+    head = ["share", "policies", "difference in return", "better seeds", "ratio of deviations"]
+    return table(head, lines) if lines else "No two policies have three seeds in common yet."
 
 
 def default_by_rule(shares: dict[str, dict[str, Group]]) -> str | None:

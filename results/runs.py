@@ -149,7 +149,7 @@ class Group(NamedTuple):
 def arm_of(config: dict) -> dict:
     """The settings that differ from the preset of the run's row, without those that change no result."""
     free = erdp.FREE - MEASURING - {"eval_candidates"} | {"seed", "env"}
-    preset = dataclasses.asdict(erdp.preset(config["env"]))
+    preset = dataclasses.asdict(erdp.preset(config["env"], config.get("variant", "paper")))
     names = [name for name in preset if name not in free and name in config]
     arm = {name: config[name] for name in names if config[name] != preset[name]}
     return {k: x for k, x in arm.items() if not (CLONING.items() <= arm.items() and k in CRITICS_ONLY)}

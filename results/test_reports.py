@@ -283,7 +283,7 @@ ARMS |= dict(q=dict(num_critics=1, entropy_coef=0), entropy=dict(num_critics=1),
 ARMS |= {f"M{M}": dict(num_critics=M) for M in (1, 4, 16)}
 ARMS |= {"M1-nobackup": dict(num_critics=1, max_q_backup=False, eval_candidates=1)}
 ARMS |= {"M1-nobackup-alpha0": ARMS["M1-nobackup"] | dict(entropy_coef=0)}
-ARMS |= {"clipped-double-q": dict(pessimism="min", num_critics=2, entropy_coef=0)}
+ARMS |= {"clipped-double-q": dict(pessimism="min", num_critics=2, entropy_coef=0), "debruijn": dict(variant="debruijn")}
 FAKE = f"""#!{sys.executable} -IS
 import os, re, signal, sys, time
 words, here = sys.argv[1:], os.environ
@@ -421,11 +421,13 @@ def test_run_all_lists_every_run_of_the_paper_and_changes_only_what_the_arm_says
 
 
 def test_run_all_sweeps_the_toys_shares():
-    found = settings_of(line.replace(" --variant debruijn", "") for line in listed("toy-sweep"))
+    found = settings_of(listed("toy-sweep"))
     shares, arms = [f"toy-{share}" for share in (20, 10, 5, 2)], ("bc", "q", "ensemble", "paper", "debruijn")
     assert found.keys() == {(share, arm, seed) for share in shares for arm in arms for seed in range(10)}
-    assert all(args.env == "toy" and args.dataset == share for (share, *_), args in found.items())
-    assert all(" --variant debruijn " in line for line in listed("toy-sweep") if "__debruijn__" in line)
+    for (share, arm, seed), args in found.items():
+        changed = dict(seed=seed, dataset=share, run_dir=f"runs/{share}__{arm}__{seed}") | ARMS[arm]
+        expected = dataclasses.replace(erdp.preset("toy", changed.get("variant", "paper")), **changed)
+        assert args == expected, f"{share}, {arm}"
 
 
 def test_run_all_quick_is_the_toy_in_full_and_small_runs_on_recorded_data():
