@@ -608,19 +608,18 @@ def lock(path: Path, waiting: str | None = None):
     A POSIX lock ends with its process and is not inherited by workers. Where there is none, the program runs without.
     """
     with contextlib.ExitStack() as end:
-        try:
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             file = end.enter_context(open(path, "a"))
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if waiting is None:
-                problem = f"another process is at work in {path.parent}"
-                raise UserError(f"{problem}: wait for it, or give another --run-dir") from None
-            say(waiting)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if waiting is None:
+                    problem = f"another process is at work in {path.parent}"
+                    raise UserError(f"{problem}: wait for it, or give another --run-dir") from None
+                say(waiting)
+                fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
