@@ -562,6 +562,7 @@ def sample_noise(noise: Noise, num_rows: int, generator: torch.Generator):
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 PATIENCE = 20  # seconds that a silent server is waited for
 CANNOT_MAKE = "see that what it needs is installed, or name another by --eval-env"
+HDF5 = ".hdf5", ".h5"  # endings of a D4RL file
 
 
 class UserError(Exception):
@@ -623,12 +624,12 @@ def lock(path: Path, waiting: str | None = None):
         yield
 
 
-def write_whole(path: Path, write: Callable):
-    """Writes a file so that it is there as a whole or as it was: `write` gets another one, open in binary."""
+def write_whole(path: Path, write: Callable, mode: str = "wb"):
+    """Writes a file so that it is there as a whole or as it was: `write` gets another one, open in `mode`."""
     part = path.with_name(".part-" + path.name)
     with refusing(f"{path} cannot be written", "what was there is as before; make room, then --resume"):
         try:
-            with open(part, "wb") as file:
+            with open(part, mode) as file:
                 write(file)
             part.replace(path)
         finally:
@@ -688,12 +689,15 @@ class ToyEnv(gym.Env):
     @staticmethod
     def reward(x):
         """A mixture of Gaussians: a low hill on the left, where most of the data is, and a high one on the right."""
-        return np.exp(-0.5 * ((x + 0.9) / 0.4) ** 2) + 3 * np.exp(-0.5 * ((x - 0.9) / 0.4) ** 2)
+        low = np.exp(-0.5 * ((x + 0.9) / 0.4) ** 2)
+        high = np.exp(-0.5 * ((x - 0.9) / 0.4) ** 2)
+        return low + 3 * high
 
     @classmethod
     def best_return(cls) -> float:
-        first, second = np.meshgrid(np.linspace(-1, 1, 2001), np.linspace(-1, 1, 2001))
-        return float((cls.reward(first) + cls.reward(first + second)).max())
+        step = np.linspace(-1, 1, 2001)
+        first = step[:, None]
+        return float((cls.reward(first) + cls.reward(first + step)).max())
 
     def reset(self, *, seed=None, options=None):
         self.state = np.zeros(2, np.float32)
@@ -701,7 +705,8 @@ class ToyEnv(gym.Env):
 
     def step(self, action):
         self.state = self.state + np.array([action[0], 1], np.float32)
-        return self.state, float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
+        position, steps = self.state
+        return self.state, float(self.reward(position)), bool(steps == 2), False, {}
 
 
 class Row(NamedTuple):
@@ -808,12 +813,14 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
     with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
         env = gym.make(spec, **kwargs)
         env.close()
-    name, space, found = env.spec.id, env.observation_space, spaces_of(env, env.spec.id)
+    name, space = env.spec.id, env.observation_space
+    found = spaces_of(env, name)
     if recorded := getattr(data, "spec", None):  # what a Minari set says of itself
-        if (theirs := spaces_of(recorded, dataset_id)) != found:
+        theirs = spaces_of(recorded, dataset_id)
+        if theirs != found:
             raise UserError(f"{dataset_id} and its environment {name} differ: {theirs} against {found}")
     if key := DOMAINS[domain].observation:
-        if not (isinstance(space, gym.spaces.Dict) and key in space.keys()):
+        if key not in layout(space):
             raise UserError(f"{name} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
         space = gym.spaces.Dict({key: space[key]})
     low, high = np.array(found["low"]), np.array(found["high"])
@@ -830,29 +837,30 @@ def open_task(args: Args) -> Task:
     if domain == "toy":
         return make_task(domain, toy_share(source), source, row.env, row[-2:])
     register_robots()
-    if source.endswith((".hdf5", ".h5")):
-        data, dataset_id, recorded, metadata = open_hdf5(source, download=args.dataset is None), source, None, {}
+    collected, metadata = None, {}
+    if source.endswith(HDF5):
+        data, dataset_id = open_hdf5(source, download=args.dataset is None), source
     else:
         data = open_minari(source)
-        dataset_id, recorded, metadata = data.spec.dataset_id, data.spec.env_spec, data.storage.metadata
+        dataset_id, collected, metadata = data.spec.dataset_id, data.spec.env_spec, data.storage.metadata
+    spec = row.env if row else None
     if args.eval_env:
         spec = find_env(args.eval_env)
-    elif row and row.env:
-        spec = row.env
-    elif recorded:
+    elif spec is None and collected:
         with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
-            env = data.recover_environment(eval_env=True)
-            env.close()
-        spec = env.spec
-    else:
+            with data.recover_environment(eval_env=True) as env:
+                spec = env.spec
+    if spec is None:
         raise UserError(f"{dataset_id} names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
     refs = row[-2:] if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     if None in refs:
         say(f"{dataset_id} has no reference scores: its score is the return")
         refs = 0.0, 100.0
-    kwargs = DOMAINS[domain].env | (dict(max_episode_steps=row.max_steps) if row else {})
+    kwargs = dict(DOMAINS[domain].env)
+    if row:
+        kwargs["max_episode_steps"] = row.max_steps
     if DOMAINS[domain].goal_ends:
-        kwargs["maze_map"] = evaluation_maze(dataset_id, spec, recorded)
+        kwargs["maze_map"] = evaluation_maze(dataset_id, spec, collected)
     return make_task(domain, data, dataset_id, spec, refs, **kwargs)
 
 
@@ -887,12 +895,11 @@ def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
 
     with refusing(f"{dataset_id} was not collected in a maze", "AntMaze's rows need one: give another --dataset"):
         maze, collected = maze_of(spec), walls(maze_of(collected_spec))
-    if walls(maze) == collected:
-        return maze
-    for mirrored in ([line[::-1] for line in maze], maze[::-1]):
-        if walls(mirrored) == collected:
-            say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
-            return mirrored
+    for candidate in (maze, [line[::-1] for line in maze], maze[::-1]):
+        if walls(candidate) == collected:
+            if candidate is not maze:
+                say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
+            return candidate
     raise UserError(f"{dataset_id} was collected in another maze than its evaluation environment's")
 
 
@@ -944,8 +951,8 @@ def fetch_minari(dataset_id: str, folder: Path):
 
 def open_hdf5(source: str, download: bool) -> Path:
     """The path of a D4RL file; where `download`, a row's own, which is fetched at first use."""
-    path = Path(source).expanduser()
     if not download:
+        path = Path(source).expanduser()
         if not path.exists():
             raise UserError(f"--dataset {path} does not exist")
         return path
@@ -982,12 +989,12 @@ def toy_data(seed: int, share: float = 0.2, episodes: int = 256) -> Batch:
     rng = np.random.default_rng(seed)
     drift = np.where(rng.random((episodes, 2)) < 1 - share, -0.3, 0.5)
     action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
-    position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
-    state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
-    reward = ToyEnv.reward(position[:, 1:])
-    terminal = np.broadcast_to([0.0, 1.0], (episodes, 2))
+    position = np.insert(action.cumsum(1), 0, 0, axis=1)  # (E, 3)
+    steps = np.broadcast_to(np.arange(3), position.shape)
+    state = np.stack([position, steps], -1)  # (E, 3, 2)
     before, after = state[:, :2].reshape(-1, 2), state[:, 1:].reshape(-1, 2)
-    return Batch(before, action.reshape(-1, 1), reward.ravel(), after, terminal.ravel())
+    terminal = np.tile([0.0, 1.0], episodes)
+    return Batch(before, action.reshape(-1, 1), ToyEnv.reward(after[:, 0]), after, terminal)
 
 
 def load_minari(task: Task):
@@ -997,8 +1004,10 @@ def load_minari(task: Task):
     """
     domain, parts, rewards = DOMAINS[task.domain], [], []
     for episode in task.data.iterate_episodes():
-        n, state = len(episode.rewards), flatten(layout(task.space), episode.observations)
-        action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, float)
+        n = len(episode.rewards)
+        state = flatten(layout(task.space), episode.observations)
+        action = np.asarray(episode.actions, np.float32)
+        reward = np.asarray(episode.rewards, float)
         terminal = np.array(episode.terminations, np.float32)
         found = state.shape, action.shape, reward.shape, terminal.shape
         wanted = (n + 1, task.state_dim), (n, *task.low.shape), (n,), (n,)
@@ -1023,24 +1032,19 @@ def load_hdf5(task: Task):
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
     with h5py.File(task.data) as file:
-        rows = {key: np.asarray(file[key][()], float) for key in keys if key in file}
-    if missing := [key for key in keys if key not in rows]:
-        raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
-    state, action, reward, terminal, timeout = rows.values()
-    n, found = reward.size, [array.shape for array in rows.values()]
+        if missing := [key for key in keys if key not in file]:
+            raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
+        columns = [np.asarray(file[key][()], float) for key in keys]
+    state, action, reward, terminal, timeout = columns
+    n, found = reward.size, [column.shape for column in columns]
     wanted = [(n, task.state_dim), (n, task.low.size), (n,), (n,), (n,)]
     if found != wanted:
         raise UserError(f"{task.data} does not fit {task.spec.id}: its {', '.join(keys)} are {found}, not {wanted}")
-    keep = timeout[:-1] == 0
-    columns = state[:-1], action[:-1], reward[:-1], state[1:], (terminal[:-1] != 0).astype(float)
-    ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
+    terminal, timeout = terminal != 0, timeout != 0
+    rows = np.flatnonzero(~timeout[:-1])
+    ends = np.flatnonzero(terminal | timeout) + 1
     episodes = np.split(reward, ends)[: len(ends)] or [reward]  # the file may end within one
-    return Batch(*(column[keep] for column in columns)), episodes
-
-
-def load_toy(task: Task, seed: int):
-    data = toy_data(seed, task.data)
-    return data, data.reward.reshape(-1, 2)
+    return Batch(state[rows], action[rows], reward[rows], state[rows + 1], terminal[rows]), episodes
 
 
 def load_data(task: Task, args: Args) -> Batch:
@@ -1048,11 +1052,12 @@ def load_data(task: Task, args: Args) -> Batch:
 
     Fills in task.returns and, where the environment has no time limit, the longest recorded episode's length as one.
     """
-    name = task.dataset_id
+    name, spec = task.dataset_id, task.spec
     with refusing(f"{name} cannot be read", "see that it is whole, and not open elsewhere"):
         with quiet(), np.errstate(over="ignore"):
             if isinstance(task.data, float):
-                data, rewards = load_toy(task, args.seed)
+                data = toy_data(args.seed, task.data)
+                rewards = data.reward.reshape(-1, 2)
             elif isinstance(task.data, Path):
                 data, rewards = load_hdf5(task)
             else:
@@ -1062,13 +1067,14 @@ def load_data(task: Task, args: Args) -> Batch:
     for column, values in data._asdict().items():
         if not (np.abs(values) <= np.finfo(np.float32).max).all():
             raise UserError(f"{name} has NaN or infinity among its {column} values")
-    if task.spec.max_episode_steps is None:
-        task.spec.max_episode_steps = max(map(len, rewards))
-        say(f"{task.spec.id} has no time limit: its episodes are cut after {task.spec.max_episode_steps} steps")
-    task.returns = np.array([reward[: task.spec.max_episode_steps].sum() for reward in rewards])
+    if spec.max_episode_steps is None:
+        spec.max_episode_steps = max(map(len, rewards))
+        say(f"{spec.id} has no time limit: its episodes are cut after {spec.max_episode_steps} steps")
+    task.returns = np.array([reward[: spec.max_episode_steps].sum() for reward in rewards])
     low, high = task.low.ravel(), task.high.ravel()
     action = 2 * (data.action - low) / (high - low) - 1
-    if (most := np.abs(action).max()) > 1 + 1e-3:
+    most = np.abs(action).max()
+    if most > 1 + 1e-3:
         raise UserError(f"{name} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
     data = data._replace(action=action.clip(-1, 1), reward=DOMAINS[task.domain].reward(data.reward))
     return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
@@ -1090,25 +1096,28 @@ class Actor:
 
         One observation without the first axis gives one action. State n draws from the random generator streams[n].
         """
-        nested = isinstance(observation, dict)
-        state = flatten(self.layout, observation) if nested else np.asarray(observation, np.float32)
+        if isinstance(observation, dict):
+            observation = flatten(self.layout, observation)
+        state = np.asarray(observation, np.float32)
         if state.ndim == 1:
             return self(state[None], streams)[0]
-        args, sde, device = self.agent.args, self.agent.sde, self.agent.sde.theta_bar.device
-        N, T, C, A = len(state), sde.num_steps, args.eval_candidates, self.low.size
+        agent, args = self.agent, self.agent.args
+        T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
+        device = agent.sde.theta_bar.device
         streams = streams or [np.random.default_rng() for _ in state]
-        noise = np.stack([stream.standard_normal((T, C, A), np.float32) for stream in streams], 1)  # (T, N, C, A)
-        noise = torch.as_tensor(noise, device=device)
+        noise = np.stack([stream.standard_normal((T, C, A), np.float32) for stream in streams], 1)
+        noise = torch.as_tensor(noise, device=device)  # (T, N, C, A)
         state = torch.as_tensor(state, device=device)[:, None].expand(-1, C, -1)  # (N, C, S)
-        action = sample_actions(self.agent.policy, sde, state, noise, args.clip_denoised)  # (N, C, A)
+        action = sample_actions(agent.policy, agent.sde, state, noise, args.clip_denoised)  # (N, C, A)
         if C > 1:
-            value = pessimistic_value(self.agent.critics_target(state, action), args)  # (N, C)
+            value = pessimistic_value(agent.critics_target(state, action), args)  # (N, C)
             below = value.double().softmax(-1).cumsum(-1)
             u = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=device)
             chosen = torch.searchsorted(below, u, right=True).clamp(max=C - 1)  # (N, 1)
             action = action.take_along_dim(chosen[..., None], 1)
-        action = action.double().cpu().numpy().reshape(N, *self.low.shape)
-        return np.clip(self.low + (action + 1) / 2 * (self.high - self.low), self.low, self.high)
+        action = action.double().cpu().numpy().reshape(-1, *self.low.shape)
+        action = self.low + (action + 1) / 2 * (self.high - self.low)
+        return np.clip(action, self.low, self.high)
 
 
 class Episode(gym.Wrapper):
@@ -1137,8 +1146,8 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
     """Environments that step together in worker processes, by default two a core and at most one an episode."""
 
     def make():
-        if multiprocessing.parent_process():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # to stop is the main process's business
+        if multiprocessing.parent_process():  # in a worker: to stop is the main process's business
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with quiet():
             return Episode(gym.make(task.spec, disable_env_checker=True), task)
@@ -1157,37 +1166,37 @@ def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> di
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
     nor anything in training changes the result.
     """
-    K = envs.num_envs
-    result = {"return": np.zeros(episodes), "success": np.full(episodes, np.nan), "length": np.zeros(episodes)}
-    bar = tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None)
-    for first in range(0, episodes, K):  # K episodes at a time
-        wave = range(first, first + K)
-        streams = [np.random.default_rng((seed, e)) for e in wave]
-        state, _ = envs.reset(seed=[int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in wave])
-        actions = np.stack([actor.low] * K)
-        alive = np.array(wave) < episodes
-        while alive.any():
-            if stopped():
-                return None
-            playing = np.flatnonzero(alive)
-            actions[alive] = actor(state[alive], [streams[k] for k in playing])
-            state, reward, _, _, info = envs.step(actions)
-            result["return"][first + playing] += reward[alive]
-            result["length"][first + playing] += 1
-            success = result["success"][first + playing]
-            result["success"][first + playing] = np.fmax(success, info["success"][alive])
-            bar.update(int(info["ended"][alive].sum()))
-            alive &= ~info["ended"]
-    bar.close()
-    return result
+    K, played = envs.num_envs, []
+    with tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None) as bar:
+        for first in range(0, episodes, K):  # K episodes at a time
+            wave = range(first, first + K)
+            streams = [np.random.default_rng((seed, e)) for e in wave]
+            state, _ = envs.reset(seed=[int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in wave])
+            actions = np.stack([actor.low] * K)
+            alive = np.array(wave) < episodes
+            total, success, length = np.zeros(K), np.full(K, np.nan), np.zeros(K)
+            while alive.any():
+                if stopped():
+                    return None
+                actions[alive] = actor(state[alive], [streams[k] for k in np.flatnonzero(alive)])
+                state, reward, _, _, info = envs.step(actions)
+                total += reward  # 0 of an episode that has ended
+                success = np.fmax(success, info["success"])
+                length += alive
+                bar.update(int((alive & info["ended"]).sum()))
+                alive &= ~info["ended"]
+            played.append((total, success, length))
+    columns = np.concatenate(played, 1)[:, :episodes]
+    return dict(zip(("return", "success", "length"), columns))
 
 
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
-    score, success = task.score(result["return"]), result["success"]
+    returns, success = result["return"], result["success"]
+    score = task.score(returns)
     return dict(
-        return_mean=float(result["return"].mean()),
-        return_std=float(result["return"].std()),
+        return_mean=float(returns.mean()),
+        return_std=float(returns.std()),
         score_mean=float(score.mean()),
         score_std=float(score.std()),
         success=None if np.isnan(success).all() else float(success.mean()),
@@ -1205,6 +1214,7 @@ def in_words(row: dict) -> str:
 # ==== 10. Training, and the folder that a run leaves ==================================================================
 
 FORMAT = 2  # of the files below
+ACTING = "policy", "critics_target"  # what a policy.pt has of an agent
 SAVE_EVERY = 600  # seconds between two checkpoints at the most
 LOG_EVERY = 100  # updates between two readings of the losses
 SPEAK_EVERY = 300  # seconds between two lines in a log file
@@ -1296,7 +1306,11 @@ class Run:
         self.noise = noise_buffers(args, action_dim, device)
         self.latest = torch.zeros(len(METRICS), device=device)
         self.totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)  # the last: of so many updates
-        self.step, self.rows, self.began = 0, [], time.monotonic()
+        self.step, self.rows = 0, []
+        self.began = self.saved = time.monotonic()
+        self.timed = None  # (when, step) from which updates are timed; None where something else took time
+        self.spoke = None  # when progress was last said
+        self.evaluating = None  # seconds an evaluation
 
     def learn(self):
         """One update, all of it on the device."""
@@ -1306,25 +1320,35 @@ class Run:
         self.totals[:-1] += self.latest
         self.totals[-1] += 1
 
-    def header(self) -> dict:
-        """What a policy needs beside its weights to be evaluated without the data."""
-        spec, actor = self.task.spec, self.actor
-        return dict(
+    def write(self, name: str, **content):
+        """A file that `load_file` reads: `content`, and what a policy needs to be evaluated without the data."""
+        task, spec = self.task, self.task.spec
+        saved = dict(
             format=FORMAT,
-            args=dataclasses.asdict(self.args),
+            args=vars(self.args),
             about=self.about,
-            dataset_id=self.task.dataset_id,
+            dataset_id=task.dataset_id,
             spec=spec.to_json() if isinstance(spec.entry_point, str) else None,
-            refs=(self.task.ref_min, self.task.ref_max),
-            layout=actor.layout,
-            low=actor.low.tolist(),
-            high=actor.high.tolist(),
+            refs=(task.ref_min, task.ref_max),
+            layout=self.actor.layout,
+            low=task.low.tolist(),
+            high=task.high.tolist(),
         )
+        write_whole(self.folder / name, lambda file: torch.save(saved | content, file))
+
+    def write_json(self, name: str, content: dict):
+        write_whole(self.folder / name, lambda file: file.write(json.dumps(content, indent=1) + "\n"), "w")
+
+    def write_table(self, file):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
 
     def save(self):
         """The checkpoint: all that the rest of the run depends on."""
         self.saved = time.monotonic()
-        state = self.header() | dict(
+        self.write(
+            "checkpoint.pt",
             step=self.step,
             seconds=self.saved - self.began,
             rows=self.rows,
@@ -1332,7 +1356,6 @@ class Run:
             generator=self.generator.get_state(),
             agent=self.agent.state_dict(),
         )
-        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def restore(self):
         """Takes up the checkpoint. Raises UserError where it is damaged, or of other data than these."""
@@ -1350,31 +1373,22 @@ class Run:
             else:  # the two kinds of device have different generators
                 self.generator.manual_seed(self.args.seed + self.step)
 
-    def save_policy(self, name: str):
-        parts = {part: getattr(self.agent, part).state_dict() for part in ("policy", "critics_target")}
-        write_whole(self.folder / name, lambda file: torch.save(self.header() | dict(agent=parts), file))
-
-    def write_json(self, name: str, content: dict):
-        text = json.dumps(content, indent=1) + "\n"
-        write_whole(self.folder / name, lambda file: file.write(text.encode()))
-
-    def write_table(self):
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
-
-    def write_config(self):
-        """config.json, and on the screen what is learned from and where."""
-        task, here = self.task, machine(self.args.device)
+    def describe(self):
+        """Writes config.json, and says what is learned from and where."""
+        args, task = self.args, self.task
         mean = float(task.returns.mean())
         data = dict(data_episodes=len(task.returns), data_return=mean, data_score=task.score(mean))
-        settings = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id)
-        self.write_json("config.json", settings | self.about | data | here)
-        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
+        packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        versions["python"] = sys.version.split()[0]
+        device = f"CPU ({torch.get_num_threads()} threads)"
+        if args.device.startswith("cuda"):
+            device = torch.cuda.get_device_name(args.device)
+        settings = vars(args) | dict(dataset_id=task.dataset_id)
+        self.write_json("config.json", settings | self.about | data | dict(device_name=device, versions=versions))
+        say(f"{args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
         say("its {data_episodes} episodes: mean return {data_return:.2f}, score {data_score:.1f}".format(**data))
-        say(f"variant {self.args.variant} on {here['device_name']}, into {self.folder}")
+        say(f"variant {args.variant} on {device}, into {self.folder}")
 
     def log(self, values: dict):
         """Values for TensorBoard, which must never cost a run."""
@@ -1393,14 +1407,14 @@ class Run:
         self.log({f"losses/{name}": value for name, value in losses.items()})
         words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
         bar.set_postfix_str(words)
-        now, (then, step) = time.monotonic(), self.tick
-        rate = (self.step - step) / (now - then)
-        if self.spoke is None and step > self.first:  # not the first updates, which may compile
-            say(f"{rate:.1f} updates a second: {self.to_go(rate)} to go, evaluations included")
+        now = time.monotonic()
+        due = self.spoke is None or (bar.disable and now - self.spoke > SPEAK_EVERY)
+        if self.timed and due:
+            then, step = self.timed
+            rate = (self.step - step) / (now - then)
+            say(f"update {self.step}: {words}; {rate:.1f} updates a second, {self.to_go(rate)} to go with evaluations")
             self.spoke = now
-        elif self.spoke and bar.disable and now - self.spoke > SPEAK_EVERY:
-            say(f"update {self.step}: {words}; {self.to_go(rate)} to go")
-            self.spoke = now
+        self.timed = time.monotonic(), self.step
 
     def to_go(self, rate: float) -> str:
         """The time to the run's end, evaluations included: the last one's or, before it, a guess from one action."""
@@ -1413,23 +1427,31 @@ class Run:
         evaluations = math.ceil(args.num_steps / args.eval_every) - self.step // args.eval_every
         return tqdm.format_interval((args.num_steps - self.step) / rate + evaluations * self.evaluating)
 
+    def due(self) -> bool:
+        """Whether the policy of this step is to be evaluated and has not been."""
+        evaluated = self.rows[-1]["step"] if self.rows else 0
+        at_end = self.step == self.args.num_steps
+        return self.step > evaluated and (at_end or self.step % self.args.eval_every == 0)
+
     def evaluate(self, stops):
         """Evaluates the policy and keeps what comes out, the checkpoint last; nothing if it is stopped."""
         began = time.monotonic()
         result = evaluate(self.actor, self.envs, self.args.eval_episodes, self.args.seed, lambda: stops)
         if result is None:
             return
-        self.evaluating = time.monotonic() - began
+        now = time.monotonic()
+        self.evaluating, self.timed = now - began, None
+        best = max((row["score_mean"] for row in self.rows), default=-math.inf)
         measured = summary(self.task, result)
         means = dict(zip(METRICS, (self.totals[:-1] / self.totals[-1]).tolist()))
-        seconds = round(time.monotonic() - self.began, 1)
-        self.rows.append(dict(step=self.step) | measured | means | dict(seconds=seconds))
+        self.rows.append(dict(step=self.step) | measured | means | dict(seconds=round(now - self.began, 1)))
         self.totals.zero_()
         self.log(dict(score=measured["score_mean"]))
-        self.write_table()
-        self.save_policy("policy.pt")
-        if measured["score_mean"] > max((row["score_mean"] for row in self.rows[:-1]), default=-math.inf):
-            self.save_policy("policy-best.pt")
+        write_whole(self.folder / "metrics.csv", self.write_table, "w")
+        weights = {part: getattr(self.agent, part).state_dict() for part in ACTING}
+        self.write("policy.pt", agent=weights)
+        if measured["score_mean"] > best:
+            self.write("policy-best.pt", agent=weights)
         self.save()  # last: a run cut off before it evaluates again
         say(f"update {self.step}: {in_words(measured)}")
 
@@ -1437,38 +1459,31 @@ class Run:
         """Updates and evaluations to the end. Returns the exit status: 0, or 128 and the number of a signal."""
         from torch.utils.tensorboard import SummaryWriter
 
-        args, self.envs, self.first, self.evaluating, self.spoke = self.args, envs, self.step, None, None
+        args, self.envs = self.args, envs
         self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.saved = time.monotonic()
-        self.tick = self.saved, self.step
         learn = Captured(self.learn) if args.device.startswith("cuda") else self.learn
         if args.compile:
             say("compiling, which takes half a minute or more")
         bar = tqdm(total=args.num_steps, initial=self.step, unit="update", disable=None)
         with contextlib.closing(self.writer), bar, interruptible() as stops:
-            while True:
-                at_end = self.step == args.num_steps
-                evaluated = bool(self.rows) and self.rows[-1]["step"] == self.step
-                due = self.step > 0 and not evaluated and (at_end or self.step % args.eval_every == 0)
-                if self.step > self.first and (due or stops or self.step % LOG_EVERY == 0):
-                    self.check(bar)
-                    if time.monotonic() - self.saved > SAVE_EVERY:
-                        self.save()
-                    if due and not stops:
-                        self.evaluate(stops)
-                    self.tick = time.monotonic(), self.step
-                elif due:
+            while not stops:
+                if self.due():
                     self.evaluate(stops)
-                if stops:
-                    self.save()
-                    say(f"stopped at update {self.step}: --resume goes on from there")
-                    return 128 + stops[0]
-                if at_end:
-                    return 0
+                if self.step == args.num_steps:
+                    break
                 sample_noise(self.noise, len(self.data.reward), self.generator)
                 learn()
                 self.step += 1
                 bar.update()
+                if stops or self.due() or self.step % LOG_EVERY == 0:
+                    self.check(bar)
+                if time.monotonic() - self.saved > SAVE_EVERY:
+                    self.save()
+            if stops:
+                self.save()
+                say(f"stopped at update {self.step}: --resume goes on from there")
+                return 128 + stops[0]
+        return 0
 
     def finish(self):
         write_whole(self.folder / "curve.png", lambda file: draw_curve(file, self))
@@ -1480,16 +1495,17 @@ class Run:
 
 def train(args: Args) -> int:
     """A run, from its start or its checkpoint to its end. Returns the exit status."""
-    folder, steps = run_folder(args), 0
-    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not args.resume and not all(name[0] == "." or name == "config.json" for name in left):
+    folder = run_folder(args)
+    left = {path.name for path in folder.glob("[!.]*")} - {"config.json"}  # which may be there before a checkpoint
+    if left and not args.resume:
         raise UserError(f"the run folder {folder} exists: --resume goes on with it, --run-dir names another")
-    if "result.json" in left:
-        with refusing(f"{folder / 'result.json'} is damaged", "move it away, then --resume"):
-            steps = int(json.loads((folder / "result.json").read_text())["steps"])
-    if steps >= args.num_steps:
-        say(f"{folder} is finished, with {steps} updates")
-        return 0
+    result = folder / "result.json"
+    if result.exists():
+        with refusing(f"{result} is damaged", "move it away, then --resume"):
+            steps = json.loads(result.read_text())["steps"]
+            if steps >= args.num_steps:
+                say(f"{folder} is finished, with {steps} updates")
+                return 0
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     task = open_task(args)
@@ -1502,28 +1518,30 @@ def train(args: Args) -> int:
             run.restore()
         if run.step > args.num_steps:
             raise UserError(f"{folder} is at update {run.step} already, past --num-steps {args.num_steps}")
-        run.write_config()
-        (folder / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+        run.describe()
+        result.unlink(missing_ok=True)  # of a finished run that now goes on
         if run.step == 0:
             run.save()  # from here on, --resume works whenever the run is cut off
         with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
-            if status := run.loop(envs):
-                return status
-        run.finish()
-    return 0
+            status = run.loop(envs)
+        if status == 0:
+            run.finish()
+    return status
 
 
 def draw_curve(file, run: Run):
     """A picture of score (for the toy, return) over updates; for the toy, between Figure 1's two other panels."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    toy = run.task.domain == "toy"
-    measure, level = ("return", run.task.returns.mean()) if toy else ("score", run.task.score(run.task.returns.mean()))
-    figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
-    curve = axes[0, len(axes[0]) // 2]
+    level, toy = run.task.returns.mean(), run.task.domain == "toy"
+    figure = Figure(figsize=(16 if toy else 6, 4), layout="tight")
+    if toy:
+        measure = "return"
+        left, curve, right = figure.subplots(1, 3)
+        draw_toy(left, right, run)
+    else:
+        measure, level = "score", run.task.score(level)
+        curve = figure.subplots()
     columns = "step", f"{measure}_mean", f"{measure}_std"
     step, mean, std = np.array([[row[column] for column in columns] for row in run.rows]).T
     curve.plot(step, mean)
@@ -1531,11 +1549,7 @@ def draw_curve(file, run: Run):
     curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
     curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{run.args.env}, {run.args.seed}")
     curve.legend()
-    if toy:
-        draw_toy(axes[0, 0], axes[0, 2], run)
-    figure.tight_layout()
     figure.savefig(file, format="png")
-    plt.close(figure)
 
 
 def draw_toy(left, right, run: Run):
@@ -1566,15 +1580,6 @@ def set_matmul_precision(args: Args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else on_cpu)
 
 
-def machine(device: str) -> dict:
-    """What config.json says of the machine."""
-    packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
-    return dict(device_name=name, versions=versions | dict(python=sys.version.split()[0]))
-
-
 # ==== 11. Trained policies, and the command line ======================================================================
 
 
@@ -1585,7 +1590,7 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
         args, about = saved["args"], saved["about"]
         args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
         agent = Agent(about["state_dim"], about["action_dim"], args, device)
-        for part in ("policy", "critics_target"):
+        for part in ACTING:
             getattr(agent, part).load_state_dict(saved["agent"][part])
         low, high = np.array([saved["low"], saved["high"]])  # of one shape
         actor = Actor(agent, saved["layout"], low, high)
@@ -1657,7 +1662,7 @@ def saved_settings(given: Args) -> Args | None:
         raise UserError(f"there is no checkpoint {path}: check --run-dir, or give --env to start")
     saved = load_file(path)
     args = dataclasses.replace(saved["args"], run_dir=given.run_dir, resume=False)
-    if not saved["dataset_id"].endswith((".hdf5", ".h5")):
+    if not saved["dataset_id"].endswith(HDF5):
         args.dataset = saved["dataset_id"]  # with the version that it had
     here = preset(args.env)
     if args.device.startswith("cuda") and here.device == "cpu":
