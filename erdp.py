@@ -1466,10 +1466,10 @@ class Run:
             say("compiling, which takes half a minute or more")
         bar = tqdm(total=args.num_steps, initial=self.step, unit="update", disable=None)
         with contextlib.closing(self.writer), bar, interruptible() as stops:
-            while not stops:
-                if self.due():
+            while True:
+                if self.due() and not stops:
                     self.evaluate(stops)
-                if self.step == args.num_steps:
+                if stops or self.step == args.num_steps:
                     break
                 sample_noise(self.noise, len(self.data.reward), self.generator)
                 learn()
@@ -1477,8 +1477,8 @@ class Run:
                 bar.update()
                 if stops or self.due() or self.step % LOG_EVERY == 0:
                     self.check(bar)
-                if time.monotonic() - self.saved > SAVE_EVERY:
-                    self.save()
+                    if time.monotonic() - self.saved > SAVE_EVERY:
+                        self.save()
             if stops:
                 self.save()
                 say(f"stopped at update {self.step}: --resume goes on from there")
@@ -1616,26 +1616,9 @@ def evaluate_only(args: Args) -> int:
 
 
 # Settings that a resumed or evaluated run may change, as they do not change what it learns or learned.
-FREE = {"num_steps", "device", "compile", "precision", "run_dir", "resume", "checkpoint", "eval_only", "dataset"}
-FREE |= {"eval_env", "eval_every", "eval_episodes", "eval_candidates"}
-LEAST = dict(
-    seed=0,
-    num_steps=1,
-    batch_size=1,
-    hidden=1,
-    discount=0,
-    num_critics=1,
-    lcb_coef=0,
-    target_rate=0,
-    eta=0,
-    entropy_coef=0,
-    ema_rate=0,
-    ema_every=1,
-    ema_start=0,
-    eval_every=1,
-    eval_episodes=1,
-    eval_candidates=1,
-)
+FREE = set("num_steps device compile precision dataset eval_env eval_every eval_episodes eval_candidates".split())
+FREE |= set("run_dir resume checkpoint eval_only".split())
+ZERO_TOO = "seed", "ema_start"  # counts that may be 0
 POSITIVE = "lr", "critic_lr", "grad_norm"
 AT_MOST_ONE = "discount", "target_rate", "ema_rate"
 
@@ -1664,9 +1647,8 @@ def saved_settings(given: Args) -> Args | None:
     args = dataclasses.replace(saved["args"], run_dir=given.run_dir, resume=False)
     if not saved["dataset_id"].endswith(HDF5):
         args.dataset = saved["dataset_id"]  # with the version that it had
-    here = preset(args.env)
-    if args.device.startswith("cuda") and here.device == "cpu":
-        args.device, args.compile, args.precision = here.device, here.compile, here.precision
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        args.device, args.compile, args.precision = "cpu", False, "float32"
     return args
 
 
@@ -1678,27 +1660,32 @@ def parse(argv: list[str]) -> Args:
     given = read_words([word for word in argv if word not in ("-h", "--help")], Args(env=""))
     default = saved_settings(given) if given.resume or given.eval_only else None
     args = read_words(argv, default or preset(given.env or given.dataset or "toy", given.variant))
-    free = (FREE | {"seed"} if given.eval_only else FREE) if default else vars(args)
-    for name, value in dataclasses.asdict(args).items():
-        flag = "--" + name.replace("_", "-")
-        if name not in free and value != getattr(default, name):
-            raise UserError(f"the run was made with {flag} {getattr(default, name)}, not {value}: give the same")
-        if name in LEAST and not LEAST[name] <= value < math.inf:
-            raise UserError(f"{flag} is {value} but must be at least {LEAST[name]}")
-        if name in POSITIVE and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value} but must be more than 0")
-        if name in AT_MOST_ONE and value > 1:
-            raise UserError(f"{flag} is {value} but must be at most 1")
-    steps = 3 if args.variant == "released" else 2  # the entropy term of `released` uses the times 1, 2, T
-    if args.num_diffusion_steps < steps:
-        raise UserError(f"--num-diffusion-steps is {args.num_diffusion_steps} but must be at least {steps} here")
+
+    def require(good: bool, name: str, words: str):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} but must be {words}")
+
+    T, steps = args.num_diffusion_steps, 2
+    if args.variant == "released":
+        steps = 3  # its entropy term has the times 1, 2 and T
+    require(T >= steps, "num_diffusion_steps", f"at least {steps} here")
+    require(args.q_time is None or args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
+    require(args.seed < 2**63, "seed", "less than 2**63")
+    free = FREE | {"seed"} if given.eval_only else FREE
+    for name, value in vars(args).items():
+        if default and name not in free and value != getattr(default, name):
+            problem = f"the run was made with --{name.replace('_', '-')} {getattr(default, name)}"
+            raise UserError(f"{problem}, not {value}: give the same")
+        if isinstance(value, int | float):
+            least = 1 if type(value) is int and name not in ZERO_TOO else 0
+            require(least <= value < math.inf, name, f"at least {least}")
+        if name in POSITIVE:
+            require(value > 0, name, "more than 0")
+        if name in AT_MOST_ONE:
+            require(value <= 1, name, "at most 1")
     if args.variant == "debruijn" and args.loss == "likelihood":
         problem = "--loss likelihood does not go with --variant debruijn"
         raise UserError(f"{problem}, which needs E[eps | x_t]: give --loss noise or --loss posterior")
-    if args.q_time is not None and not 1 <= args.q_time <= args.num_diffusion_steps:
-        raise UserError(f"--q-time is {args.q_time} but must be a diffusion time, 1 to {args.num_diffusion_steps}")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     count = torch.cuda.device_count()
