@@ -656,22 +656,25 @@ def sparse_reward(reward):
     return 4 * (reward - 0.5)
 
 
-def standardised(reward):
-    return (reward - reward.mean()) / (reward.std() or 1)
-
-
-def pen_dropped(state):
-    return state[26] < 0.075  # its height
-
-
 DOMAINS = {
     "toy": Domain(
         dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000, eval_every=400)
     ),
     "own": Domain({}),
-    "gym": Domain(dict(loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10)),
-    "antmaze": Domain(dict(eta=2.0, max_q_backup=True), sparse_reward, goal_ends=True, env={"continuing_task": False}),
-    "adroit": Domain(dict(lr=3e-5, eta=0.1, grad_norm=8.0), standardised, over=pen_dropped),
+    "gym": Domain(
+        dict(loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10),
+    ),
+    "antmaze": Domain(
+        dict(eta=2.0, max_q_backup=True),
+        reward=sparse_reward,
+        goal_ends=True,
+        env=dict(continuing_task=False),
+    ),
+    "adroit": Domain(
+        dict(lr=3e-5, eta=0.1, grad_norm=8.0),
+        reward=lambda reward: (reward - reward.mean()) / (reward.std() or 1),
+        over=lambda state: state[26] < 0.075,  # the pen's height: it was dropped
+    ),
     "kitchen": Domain(
         dict(eta=0.005, grad_norm=10.0, loss="likelihood", clip_denoised=False),
         observation="observation",
@@ -805,7 +808,11 @@ def spaces_of(source, name: str) -> dict:
     spread = actions.high.astype(float) - actions.low
     if not ((spread > 0) & (spread < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
         raise UserError(f"{name} has the actions {actions}: not a bounded, continuous Box with 0 < high - low < 1e6")
-    return dict(observation=layout(source.observation_space), low=actions.low.tolist(), high=actions.high.tolist())
+    return dict(
+        observation=layout(source.observation_space),
+        low=actions.low.tolist(),
+        high=actions.high.tolist(),
+    )
 
 
 def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
@@ -823,7 +830,8 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
         if key not in layout(space):
             raise UserError(f"{name} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
         space = gym.spaces.Dict({key: space[key]})
-    low, high = np.array(found["low"]), np.array(found["high"])
+    low = np.array(found["low"])
+    high = np.array(found["high"])
     return Task(domain, data, dataset_id, env.spec, space, low, high, *refs)
 
 
@@ -839,10 +847,13 @@ def open_task(args: Args) -> Task:
     register_robots()
     collected, metadata = None, {}
     if source.endswith(HDF5):
-        data, dataset_id = open_hdf5(source, download=args.dataset is None), source
+        dataset_id = source
+        data = open_hdf5(source, download=args.dataset is None)
     else:
         data = open_minari(source)
-        dataset_id, collected, metadata = data.spec.dataset_id, data.spec.env_spec, data.storage.metadata
+        dataset_id = data.spec.dataset_id
+        collected = data.spec.env_spec
+        metadata = data.storage.metadata
     spec = row.env if row else None
     if args.eval_env:
         spec = find_env(args.eval_env)
@@ -895,11 +906,14 @@ def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
 
     with refusing(f"{dataset_id} was not collected in a maze", "AntMaze's rows need one: give another --dataset"):
         maze, collected = maze_of(spec), walls(maze_of(collected_spec))
-    for candidate in (maze, [line[::-1] for line in maze], maze[::-1]):
-        if walls(candidate) == collected:
-            if candidate is not maze:
-                say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
-            return candidate
+    if walls(maze) == collected:
+        return maze
+    left_to_right = [line[::-1] for line in maze]
+    upside_down = maze[::-1]
+    for mirrored in (left_to_right, upside_down):
+        if walls(mirrored) == collected:
+            say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
+            return mirrored
     raise UserError(f"{dataset_id} was collected in another maze than its evaluation environment's")
 
 
@@ -987,14 +1001,16 @@ def toy_share(source: str) -> float:
 def toy_data(seed: int, share: float = 0.2, episodes: int = 256) -> Batch:
     """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
-    drift = np.where(rng.random((episodes, 2)) < 1 - share, -0.3, 0.5)
-    action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
+    away = rng.random((episodes, 2)) < 1 - share
+    action = rng.normal(np.where(away, -0.3, 0.5), 0.4).clip(-1, 1)  # (E, 2)
     position = np.insert(action.cumsum(1), 0, 0, axis=1)  # (E, 3)
     steps = np.broadcast_to(np.arange(3), position.shape)
     state = np.stack([position, steps], -1)  # (E, 3, 2)
-    before, after = state[:, :2].reshape(-1, 2), state[:, 1:].reshape(-1, 2)
+    before = state[:, :-1].reshape(-1, 2)
+    after = state[:, 1:].reshape(-1, 2)
+    reward = ToyEnv.reward(after[:, 0])
     terminal = np.tile([0.0, 1.0], episodes)
-    return Batch(before, action.reshape(-1, 1), ToyEnv.reward(after[:, 0]), after, terminal)
+    return Batch(before, action.reshape(-1, 1), reward, after, terminal)
 
 
 def load_minari(task: Task):
@@ -1017,7 +1033,9 @@ def load_minari(task: Task):
         if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
-        parts.append(Batch(state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+        action = action[:n].reshape(n, -1)
+        reward = reward[:n]
+        parts.append(Batch(state[:n], action, reward, state[1 : n + 1], terminal[:n]))
         over = [step for step in range(1, n) if domain.over(state[step])]
         rewards.append(reward[: min(over, default=n)])
     return Batch(*map(np.concatenate, zip(*parts))) if parts else None, rewards
@@ -1036,14 +1054,15 @@ def load_hdf5(task: Task):
             raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
         columns = [np.asarray(file[key][()], float) for key in keys]
     state, action, reward, terminal, timeout = columns
-    n, found = reward.size, [column.shape for column in columns]
+    n = reward.size
+    found = [column.shape for column in columns]
     wanted = [(n, task.state_dim), (n, task.low.size), (n,), (n,), (n,)]
     if found != wanted:
         raise UserError(f"{task.data} does not fit {task.spec.id}: its {', '.join(keys)} are {found}, not {wanted}")
     terminal, timeout = terminal != 0, timeout != 0
-    rows = np.flatnonzero(~timeout[:-1])
     ends = np.flatnonzero(terminal | timeout) + 1
     episodes = np.split(reward, ends)[: len(ends)] or [reward]  # the file may end within one
+    rows = np.flatnonzero(~timeout[:-1])
     return Batch(state[rows], action[rows], reward[rows], state[rows + 1], terminal[rows]), episodes
 
 
@@ -1064,20 +1083,24 @@ def load_data(task: Task, args: Args) -> Batch:
                 data, rewards = load_minari(task)
     if data is None or len(data.reward) == 0:
         raise UserError(f"{name} is empty: it holds no transition")
+    largest = np.finfo(np.float32).max
     for column, values in data._asdict().items():
-        if not (np.abs(values) <= np.finfo(np.float32).max).all():
+        if not (np.abs(values) <= largest).all():
             raise UserError(f"{name} has NaN or infinity among its {column} values")
     if spec.max_episode_steps is None:
         spec.max_episode_steps = max(map(len, rewards))
         say(f"{spec.id} has no time limit: its episodes are cut after {spec.max_episode_steps} steps")
-    task.returns = np.array([reward[: spec.max_episode_steps].sum() for reward in rewards])
+    limit = spec.max_episode_steps
+    task.returns = np.array([reward[:limit].sum() for reward in rewards])
     low, high = task.low.ravel(), task.high.ravel()
     action = 2 * (data.action - low) / (high - low) - 1
     most = np.abs(action).max()
     if most > 1 + 1e-3:
         raise UserError(f"{name} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
-    data = data._replace(action=action.clip(-1, 1), reward=DOMAINS[task.domain].reward(data.reward))
-    return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
+    reward = DOMAINS[task.domain].reward(data.reward)
+    data = data._replace(action=action.clip(-1, 1), reward=reward)
+    columns = [np.ascontiguousarray(column, np.float32) for column in data]
+    return Batch(*(torch.as_tensor(column, device=args.device) for column in columns))
 
 
 # ==== 9. Acting and evaluation ========================================================================================
@@ -1102,20 +1125,24 @@ class Actor:
         if state.ndim == 1:
             return self(state[None], streams)[0]
         agent, args = self.agent, self.agent.args
-        T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
         device = agent.sde.theta_bar.device
+        T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
         streams = streams or [np.random.default_rng() for _ in state]
-        noise = np.stack([stream.standard_normal((T, C, A), np.float32) for stream in streams], 1)
-        noise = torch.as_tensor(noise, device=device)  # (T, N, C, A)
-        state = torch.as_tensor(state, device=device)[:, None].expand(-1, C, -1)  # (N, C, S)
+        noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
+        noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
+        state = torch.as_tensor(state, device=device)
+        state = state[:, None].expand(-1, C, -1)  # (N, C, S)
         action = sample_actions(agent.policy, agent.sde, state, noise, args.clip_denoised)  # (N, C, A)
         if C > 1:
             value = pessimistic_value(agent.critics_target(state, action), args)  # (N, C)
             below = value.double().softmax(-1).cumsum(-1)
-            u = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=device)
-            chosen = torch.searchsorted(below, u, right=True).clamp(max=C - 1)  # (N, 1)
+            u = [[stream.random()] for stream in streams]
+            u = torch.tensor(u, dtype=torch.float64, device=device)
+            chosen = torch.searchsorted(below, u, right=True)  # (N, 1)
+            chosen = chosen.clamp(max=C - 1)
             action = action.take_along_dim(chosen[..., None], 1)
-        action = action.double().cpu().numpy().reshape(-1, *self.low.shape)
+        action = action.double().cpu().numpy()
+        action = action.reshape(-1, *self.low.shape)
         action = self.low + (action + 1) / 2 * (self.high - self.low)
         return np.clip(action, self.low, self.high)
 
@@ -1125,21 +1152,24 @@ class Episode(gym.Wrapper):
 
     def __init__(self, env: gym.Env, task: Task):
         super().__init__(env)
-        self.layout, self.over = layout(task.space), DOMAINS[task.domain].over
+        self.layout = layout(task.space)
+        self.over = DOMAINS[task.domain].over
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (task.state_dim,))
 
     def reset(self, **kwargs):
         observation, _ = self.env.reset(**kwargs)
-        self.state, self.ended = flatten(self.layout, observation), False
+        self.state = flatten(self.layout, observation)
+        self.ended = False
         return self.state, {}
 
     def step(self, action):
-        reward, info = 0.0, {}
+        reward, success = 0.0, np.nan
         if not self.ended:
             observation, reward, terminated, truncated, info = self.env.step(action)
             self.state = flatten(self.layout, observation)
             self.ended = terminated or truncated or bool(self.over(self.state))
-        return self.state, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
+            success = float(info.get("success", np.nan))
+        return self.state, reward, False, False, {"ended": self.ended, "success": success}
 
 
 def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
@@ -1170,15 +1200,20 @@ def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> di
     with tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None) as bar:
         for first in range(0, episodes, K):  # K episodes at a time
             wave = range(first, first + K)
-            streams = [np.random.default_rng((seed, e)) for e in wave]
-            state, _ = envs.reset(seed=[int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in wave])
+            sources = [np.random.SeedSequence((seed, e)) for e in wave]
+            streams = [np.random.default_rng(source) for source in sources]
+            seeds = [int(source.generate_state(1)[0]) for source in sources]
+            state, _ = envs.reset(seed=seeds)
             actions = np.stack([actor.low] * K)
             alive = np.array(wave) < episodes
-            total, success, length = np.zeros(K), np.full(K, np.nan), np.zeros(K)
+            total = np.zeros(K)
+            success = np.full(K, np.nan)
+            length = np.zeros(K)
             while alive.any():
                 if stopped():
                     return None
-                actions[alive] = actor(state[alive], [streams[k] for k in np.flatnonzero(alive)])
+                playing = [streams[k] for k in np.flatnonzero(alive)]
+                actions[alive] = actor(state[alive], playing)
                 state, reward, _, _, info = envs.step(actions)
                 total += reward  # 0 of an episode that has ended
                 success = np.fmax(success, info["success"])
@@ -1238,7 +1273,8 @@ def load_file(path: Path, device="cpu") -> dict:
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError(f"{path} was made by another version of this program, which can read it")
-        saved["args"], saved["dataset_id"] = Args(**saved["args"]), str(saved["dataset_id"])
+        saved["args"] = Args(**saved["args"])
+        saved["dataset_id"] = str(saved["dataset_id"])
         return saved
 
 
@@ -1269,20 +1305,18 @@ class Captured:
 @contextlib.contextmanager
 def interruptible():
     """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between updates; a second one ends the program."""
-    stops, previous = [], {}
+    stops = []
+    with contextlib.ExitStack() as handlers:
 
-    def stop(number, _):
-        stops.append(number)
-        signal.signal(number, previous[number])
+        def stop(number, _):
+            stops.append(number)
+            handlers.close()  # puts the old ones back
 
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, stop)
-    try:
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous = signal.signal(number, stop)
+                handlers.callback(signal.signal, number, previous)
         yield stops
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Run:
@@ -1293,12 +1327,16 @@ class Run:
     """
 
     def __init__(self, args: Args, folder: Path, task: Task, data: Batch):
-        self.args, self.folder, self.task, self.data = args, folder, task, data
-        action_dim, device = data.action.shape[1], args.device
+        self.args = args
+        self.folder = folder
+        self.task = task
+        self.data = data
+        device = args.device
+        rows, action_dim = data.action.shape
         checksum = 0
         for column in data:
             checksum = zlib.crc32(column.cpu().numpy(), checksum)
-        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim, data=checksum)
+        self.about = dict(transitions=rows, state_dim=task.state_dim, action_dim=action_dim, data=checksum)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.agent = Agent(task.state_dim, action_dim, args, device)
@@ -1306,7 +1344,8 @@ class Run:
         self.noise = noise_buffers(args, action_dim, device)
         self.latest = torch.zeros(len(METRICS), device=device)
         self.totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)  # the last: of so many updates
-        self.step, self.rows = 0, []
+        self.step = 0
+        self.rows = []
         self.began = self.saved = time.monotonic()
         self.timed = None  # (when, step) from which updates are timed; None where something else took time
         self.spoke = None  # when progress was last said
@@ -1334,10 +1373,12 @@ class Run:
             low=task.low.tolist(),
             high=task.high.tolist(),
         )
-        write_whole(self.folder / name, lambda file: torch.save(saved | content, file))
+        saved |= content
+        write_whole(self.folder / name, lambda file: torch.save(saved, file))
 
     def write_json(self, name: str, content: dict):
-        write_whole(self.folder / name, lambda file: file.write(json.dumps(content, indent=1) + "\n"), "w")
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self.folder / name, lambda file: file.write(text), "w")
 
     def write_table(self, file):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -1366,9 +1407,11 @@ class Run:
                 raise UserError(f"{path} belongs to the data {saved['about']}, not to {self.about}: give those")
             self.agent.load_state_dict(saved["agent"])
             self.totals.copy_(saved["totals"])
-            self.step, self.began = int(saved["step"]), self.began - float(saved["seconds"])
+            self.step = int(saved["step"])
+            self.began -= float(saved["seconds"])
             self.rows = [{name: row[name] for name in COLUMNS} for row in saved["rows"]]
-            if torch.device(saved["args"].device).type == torch.device(self.args.device).type:
+            there, here = torch.device(saved["args"].device), torch.device(self.args.device)
+            if there.type == here.type:
                 self.generator.set_state(saved["generator"])
             else:  # the two kinds of device have different generators
                 self.generator.manual_seed(self.args.seed + self.step)
@@ -1400,8 +1443,8 @@ class Run:
     def check(self, bar):
         """Reads the losses, the only wait for the device, and shows them. Raises FloatingPointError at a NaN."""
         losses = dict(zip(METRICS, self.latest.tolist()))
-        numbers = self.totals, *self.agent.policy.parameters(), *self.agent.critics.parameters()
-        if not all(x.isfinite().all() for x in numbers):
+        weights = *self.agent.policy.parameters(), *self.agent.critics.parameters()
+        if not all(x.isfinite().all() for x in (self.totals, *weights)):
             good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint"
             raise FloatingPointError(f"a loss is NaN or infinite at or just before update {self.step}: {good}")
         self.log({f"losses/{name}": value for name, value in losses.items()})
@@ -1440,20 +1483,22 @@ class Run:
         if result is None:
             return
         now = time.monotonic()
-        self.evaluating, self.timed = now - began, None
-        best = max((row["score_mean"] for row in self.rows), default=-math.inf)
-        measured = summary(self.task, result)
-        means = dict(zip(METRICS, (self.totals[:-1] / self.totals[-1]).tolist()))
-        self.rows.append(dict(step=self.step) | measured | means | dict(seconds=round(now - self.began, 1)))
+        self.evaluating = now - began
+        self.timed = None
+        means = self.totals[:-1] / self.totals[-1]
+        row = dict(step=self.step) | summary(self.task, result) | dict(zip(METRICS, means.tolist()))
+        row["seconds"] = round(now - self.began, 1)
+        is_best = all(row["score_mean"] > earlier["score_mean"] for earlier in self.rows)
+        self.rows.append(row)
         self.totals.zero_()
-        self.log(dict(score=measured["score_mean"]))
+        self.log(dict(score=row["score_mean"]))
         write_whole(self.folder / "metrics.csv", self.write_table, "w")
         weights = {part: getattr(self.agent, part).state_dict() for part in ACTING}
         self.write("policy.pt", agent=weights)
-        if measured["score_mean"] > best:
+        if is_best:
             self.write("policy-best.pt", agent=weights)
         self.save()  # last: a run cut off before it evaluates again
-        say(f"update {self.step}: {in_words(measured)}")
+        say(f"update {self.step}: {in_words(row)}")
 
     def loop(self, envs) -> int:
         """Updates and evaluations to the end. Returns the exit status: 0, or 128 and the number of a signal."""
@@ -1487,8 +1532,13 @@ class Run:
 
     def finish(self):
         write_whole(self.folder / "curve.png", lambda file: draw_curve(file, self))
-        best, last = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]
-        scores = dict(final=last["score_mean"], best=best["score_mean"], best_step=best["step"], steps=self.step)
+        best = max(self.rows, key=lambda row: row["score_mean"])
+        scores = dict(
+            final=self.rows[-1]["score_mean"],
+            best=best["score_mean"],
+            best_step=best["step"],
+            steps=self.step,
+        )
         self.write_json("result.json", scores)
         say("final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores) + f"; see {self.folder}")
 
@@ -1533,17 +1583,19 @@ def draw_curve(file, run: Run):
     """A picture of score (for the toy, return) over updates; for the toy, between Figure 1's two other panels."""
     from matplotlib.figure import Figure
 
-    level, toy = run.task.returns.mean(), run.task.domain == "toy"
+    toy, level = run.task.domain == "toy", run.task.returns.mean()
     figure = Figure(figsize=(16 if toy else 6, 4), layout="tight")
     if toy:
         measure = "return"
         left, curve, right = figure.subplots(1, 3)
         draw_toy(left, right, run)
     else:
-        measure, level = "score", run.task.score(level)
+        measure = "score"
         curve = figure.subplots()
-    columns = "step", f"{measure}_mean", f"{measure}_std"
-    step, mean, std = np.array([[row[column] for column in columns] for row in run.rows]).T
+        level = run.task.score(level)
+    step = [row["step"] for row in run.rows]
+    mean = np.array([row[f"{measure}_mean"] for row in run.rows])
+    std = np.array([row[f"{measure}_std"] for row in run.rows])
     curve.plot(step, mean)
     curve.fill_between(step, mean - std, mean + std, alpha=0.2)
     curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
@@ -1555,13 +1607,16 @@ def draw_curve(file, run: Run):
 def draw_toy(left, right, run: Run):
     """Figure 1: the reward beside the density of the data, and the learned Q of the first action."""
     x = np.linspace(-2, 2, 401)
+    position = run.data.next_state[:, 0].cpu()
     left.plot(x, ToyEnv.reward(x))
-    left.twinx().hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+    left.twinx().hist(position, 60, density=True, alpha=0.4, color="tab:orange")
     left.set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
     action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
+    state = torch.zeros_like(action).expand(-1, 2)
     with torch.no_grad():
-        q = run.agent.critics(torch.zeros_like(action).expand(-1, 2), action).cpu()  # (M, 201)
-    x, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
+        q = run.agent.critics(state, action).cpu()  # (M, 201)
+    x = action[:, 0].cpu()
+    mean, std = q.mean(0), q.std(0, correction=0)
     right.plot(x, mean, label="mean of the ensemble, ± deviation")
     right.fill_between(x, mean - std, mean + std, alpha=0.2)
     right.plot(x, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
@@ -1601,13 +1656,17 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
 def evaluate_only(args: Args) -> int:
     """--eval-only: the score of a saved policy in the environment that its file names."""
     path = policy_file(args)
-    actor, saved = load_policy(path, args.device, args.eval_candidates), load_file(path)
+    actor = load_policy(path, args.device, args.eval_candidates)
+    saved = load_file(path)
     row = ROWS.get(args.env)
     if args.env != "toy":
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
-        spec = row.env if row and row.env else gym.envs.registration.EnvSpec.from_json(saved["spec"])
         ref_min, ref_max = map(float, saved["refs"])
+        if row and row.env:
+            spec = row.env
+        else:
+            spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
         task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, (ref_min, ref_max))
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
@@ -1657,9 +1716,11 @@ def parse(argv: list[str]) -> Args:
 
     Raises UserError where they make no sense, or would change what a run has learned.
     """
-    given = read_words([word for word in argv if word not in ("-h", "--help")], Args(env=""))
+    words = [word for word in argv if word not in ("-h", "--help")]
+    given = read_words(words, Args(env=""))
     default = saved_settings(given) if given.resume or given.eval_only else None
-    args = read_words(argv, default or preset(given.env or given.dataset or "toy", given.variant))
+    name = given.env or given.dataset or "toy"
+    args = read_words(argv, default or preset(name, given.variant))
 
     def require(good: bool, name: str, words: str):
         if not good:
@@ -1689,7 +1750,10 @@ def parse(argv: list[str]) -> Args:
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     count = torch.cuda.device_count()
-    if args.device not in ("cpu", *["cuda"] * (count > 0), *(f"cuda:{n}" for n in range(count))):
+    devices = {"cpu"} | {f"cuda:{n}" for n in range(count)}
+    if count:
+        devices.add("cuda")
+    if args.device not in devices:
         there = f"PyTorch sees {count} CUDA devices"
         raise UserError(f"--device {args.device} is not there: {there}; give --device cpu, cuda or cuda:N")
     if args.precision == "tf32" and args.device == "cpu":

@@ -2509,10 +2509,10 @@ def test_runs_do_not_save_a_nan_of_the_last_update_or_at_ctrl_c(tmp_path, monkey
 
 
 def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figures, close = [], plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: figures.append(figure) or save(figure, *to, **how))
     assert erdp.main([*RUN.split(), "--run-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     reward, curve, q, density = figures[0].axes
