@@ -1347,7 +1347,7 @@ class Run:
         self.step = 0
         self.rows = []
         self.began = self.saved = time.monotonic()
-        self.timed = None  # (when, step) from which updates are timed; None where something else took time
+        self.timed = None  # (when, step) from which updates are timed; None where they have been interrupted
         self.spoke = None  # when progress was last said
         self.evaluating = None  # seconds an evaluation
 
@@ -1388,6 +1388,7 @@ class Run:
     def save(self):
         """The checkpoint: all that the rest of the run depends on."""
         self.saved = time.monotonic()
+        self.timed = None
         self.write(
             "checkpoint.pt",
             step=self.step,
@@ -1484,7 +1485,6 @@ class Run:
             return
         now = time.monotonic()
         self.evaluating = now - began
-        self.timed = None
         means = self.totals[:-1] / self.totals[-1]
         row = dict(step=self.step) | summary(self.task, result) | dict(zip(METRICS, means.tolist()))
         row["seconds"] = round(now - self.began, 1)
