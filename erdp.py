@@ -36,7 +36,7 @@ import zlib
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -1273,8 +1273,13 @@ def load_file(path: Path, device="cpu") -> dict:
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError(f"{path} was made by another version of this program, which can read it")
-        saved["args"] = Args(**saved["args"])
         saved["dataset_id"] = str(saved["dataset_id"])
+        saved["args"] = Args(**saved["args"])
+        for name, hint in get_type_hints(Args).items():
+            value = getattr(saved["args"], name)
+            allowed = get_args(hint) or (hint,)  # types, or the words of a Literal
+            if type(value) not in allowed and value not in allowed:
+                raise TypeError(f"its {name} is {value}")
         return saved
 
 
