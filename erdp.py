@@ -843,7 +843,8 @@ def open_task(args: Args) -> Task:
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
     if domain == "toy":
-        return make_task(domain, toy_share(source), source, row.env, row[-2:])
+        refs = row.ref_min, row.ref_max
+        return make_task(domain, toy_share(source), source, row.env, refs)
     register_robots()
     collected, metadata = None, {}
     if source.endswith(HDF5):
@@ -863,13 +864,15 @@ def open_task(args: Args) -> Task:
                 spec = env.spec
     if spec is None:
         raise UserError(f"{dataset_id} names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
-    refs = row[-2:] if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    kwargs = dict(DOMAINS[domain].env)
+    if row:
+        refs = row.ref_min, row.ref_max
+        kwargs["max_episode_steps"] = row.max_steps
+    else:
+        refs = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if None in refs:
         say(f"{dataset_id} has no reference scores: its score is the return")
         refs = 0.0, 100.0
-    kwargs = dict(DOMAINS[domain].env)
-    if row:
-        kwargs["max_episode_steps"] = row.max_steps
     if DOMAINS[domain].goal_ends:
         kwargs["maze_map"] = evaluation_maze(dataset_id, spec, collected)
     return make_task(domain, data, dataset_id, spec, refs, **kwargs)
@@ -927,8 +930,8 @@ def open_minari(dataset_id: str):
 
     def newest(ids):
         """The id itself, or if it names no version, the id of its highest version."""
-        ids = [i for i in ids if dataset_id in (i, i.rpartition("-v")[0])]
-        return max(ids, key=lambda i: int(i.rpartition("-v")[2]), default=None)
+        found = [i for i in ids if re.fullmatch(rf"{dataset_id}(-v\d+)?", i)]
+        return max(found, key=lambda i: int(i.rpartition("-v")[2]), default=None)
 
     with refusing(f"{folder} cannot be used", "set MINARI_DATASETS_PATH to a folder that can"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1038,7 +1041,10 @@ def load_minari(task: Task):
         parts.append(Batch(state[:n], action, reward, state[1 : n + 1], terminal[:n]))
         over = [step for step in range(1, n) if domain.over(state[step])]
         rewards.append(reward[: min(over, default=n)])
-    return Batch(*map(np.concatenate, zip(*parts))) if parts else None, rewards
+    if not parts:
+        return None, rewards
+    columns = [np.concatenate(column) for column in zip(*parts)]
+    return Batch(*columns), rewards
 
 
 def load_hdf5(task: Task):
@@ -1182,7 +1188,10 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
         with quiet():
             return Episode(gym.make(task.spec, disable_env_checker=True), task)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # those that this process may use
+    else:
+        cores = os.cpu_count()
     makers = [make] * min(episodes, num_envs or 2 * cores)
     if task.domain == "toy":
         return gym.vector.SyncVectorEnv(makers)
@@ -1290,7 +1299,9 @@ class Captured:
     """
 
     def __init__(self, function: Callable[[], None]):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+        self.function = function
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self):
         self.calls += 1
@@ -1416,7 +1427,8 @@ class Run:
             self.step = int(saved["step"])
             self.began -= float(saved["seconds"])
             self.rows = [{name: row[name] for name in COLUMNS} for row in saved["rows"]]
-            there, here = torch.device(saved["args"].device), torch.device(self.args.device)
+            there = torch.device(saved["args"].device)
+            here = torch.device(self.args.device)
             if there.type == here.type:
                 self.generator.set_state(saved["generator"])
             else:  # the two kinds of device have different generators
@@ -1434,7 +1446,8 @@ class Run:
         if args.device.startswith("cuda"):
             device = torch.cuda.get_device_name(args.device)
         settings = vars(args) | dict(dataset_id=task.dataset_id)
-        self.write_json("config.json", settings | self.about | data | dict(device_name=device, versions=versions))
+        machine = dict(device_name=device, versions=versions)
+        self.write_json("config.json", settings | self.about | data | machine)
         say(f"{args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
         say("its {data_episodes} episodes: mean return {data_return:.2f}, score {data_score:.1f}".format(**data))
         say(f"variant {args.variant} on {device}, into {self.folder}")
@@ -1449,8 +1462,10 @@ class Run:
     def check(self, bar):
         """Reads the losses, the only wait for the device, and shows them. Raises FloatingPointError at a NaN."""
         losses = dict(zip(METRICS, self.latest.tolist()))
-        weights = *self.agent.policy.parameters(), *self.agent.critics.parameters()
-        if not all(x.isfinite().all() for x in (self.totals, *weights)):
+        numbers = [self.totals]
+        numbers += self.agent.policy.parameters()
+        numbers += self.agent.critics.parameters()
+        if not all(x.isfinite().all() for x in numbers):
             good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint"
             raise FloatingPointError(f"a loss is NaN or infinite at or just before update {self.step}: {good}")
         self.log({f"losses/{name}": value for name, value in losses.items()})
@@ -1484,14 +1499,15 @@ class Run:
 
     def evaluate(self, stops):
         """Evaluates the policy and keeps what comes out, the checkpoint last; nothing if it is stopped."""
-        began = time.monotonic()
-        result = evaluate(self.actor, self.envs, self.args.eval_episodes, self.args.seed, lambda: stops)
+        args, began = self.args, time.monotonic()
+        result = evaluate(self.actor, self.envs, args.eval_episodes, args.seed, lambda: stops)
         if result is None:
             return
         now = time.monotonic()
         self.evaluating = now - began
         means = self.totals[:-1] / self.totals[-1]
-        row = dict(step=self.step) | summary(self.task, result) | dict(zip(METRICS, means.tolist()))
+        row = dict(step=self.step) | summary(self.task, result)
+        row.update(zip(METRICS, means.tolist()))
         row["seconds"] = round(now - self.began, 1)
         is_best = all(row["score_mean"] > earlier["score_mean"] for earlier in self.rows)
         self.rows.append(row)
