@@ -1948,6 +1948,15 @@ def test_data_minari_takes_the_newest_installed_version_else_the_newest_on_the_s
             erdp.open_minari(name)
 
 
+def test_data_in_a_folder_that_may_not_be_written_is_read_without_a_lock(monkeypatch, tmp_path, capsys):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(erdp, "open", refuse, raising=False)
+    with erdp.lock(tmp_path / ".erdp-lock", "waiting"):
+        assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
 MAZE = [[1, 1, 1, 1], [1, "r", 0, 1], [1, "g", 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
 
 
@@ -2509,10 +2518,10 @@ def test_runs_do_not_save_a_nan_of_the_last_update_or_at_ctrl_c(tmp_path, monkey
 
 
 def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figures, close = [], plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: figures.append(figure) or save(figure, *to, **how))
     assert erdp.main([*RUN.split(), "--run-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     reward, curve, q, density = figures[0].axes
@@ -3277,6 +3286,15 @@ def changed_at(whole, place, value):
     first, *rest = place
     kept = {key: part for key, part in whole.items() if key != first}
     return kept if value is None and not rest else kept | {first: changed_at(whole[first], rest, value)}
+
+
+def test_bad_types_of_saved_settings_are_refused_where_they_are_loaded(finished, tmp_path):
+    whole = checkpoint(finished, "policy.pt")
+    for name in whole["args"]:
+        for value in (torch.zeros(3), {}, [1, 2]):
+            torch.save(changed_at(whole, ("args", name), value), tmp_path / "policy.pt")
+            with pytest.raises(UserError, match=f"its {name} is "):
+                erdp.load_file(tmp_path / "policy.pt")
 
 
 def test_bad_files_of_another_version_are_called_that(refused, copied):
