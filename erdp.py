@@ -356,9 +356,8 @@ DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action 
 def entropy_weights(sde):
     """w_t = theta'_t / var_t (T,) for t = 1..T, and 0 after sde.last_time; the sum of w_t var_t is theta_bar there.
 
-    Later times add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions, as 1 <=
-    E||E[eps | x_t]||^2 / (A var_t) <= 1 / var_t. But they have most of the weight, and Eq. 8 multiplies errors there by
-    up to 1,000.
+    Later times would add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions are, but they
+    have most of the weight, and Eq. 8 multiplies errors there by up to 1,000.
     """
     t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
     weight = sde.between(t - 1, t) / sde.var(0, t) * (t <= sde.last_time)[:, None]  # (T, 1)
@@ -387,10 +386,9 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
 
     Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
 
-    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. Eq. 8 multiplies an error of the predicted noise by up to 1,000: after `q_time`, Q does not see it at
-    all. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss` gave it, before the Q update:
-    that saves a pass through the ensemble. Q's weights get no gradient.
+    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where it
+    is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss`
+    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -501,18 +499,16 @@ class Agent:
 
 def update(agent: Agent, batch: Batch, noise: Noise) -> dict:
     """One iteration of Algorithm 1, in place. Returns the METRICS as tensors, without waiting for the device."""
-    args = agent.args
+    args, sde = agent.args, agent.sde
     # Ensemble-Q learning
     with torch.no_grad():
         next_state = batch.next_state.expand(noise.next_action.shape[1], -1, -1)  # (C, B, S)
-        next_action = agent.sample_actions(
-            agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised
-        )
+        next_action = agent.sample_actions(agent.policy_ema, sde, next_state, noise.next_action, args.clip_denoised)
     critic = agent.critic_loss(agent.critics, agent.critics_target, batch, next_state, next_action, args)
     optimizer_step(critic["critic_loss"], agent.critics, agent.critic_optimizer, args.grad_norm)
     # Diffusion policy learning, against the updated Q
     q = critic["q"].detach()
-    policy = agent.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q, args)
+    policy = agent.policy_loss(agent.policy, agent.critics, sde, batch, noise, q, args)
     optimizer_step(policy["policy_loss"], agent.policy, agent.policy_optimizer, args.grad_norm)
     # Target networks
     due = (agent.updates >= args.ema_start) & (agent.updates % args.ema_every == 0)

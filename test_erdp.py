@@ -2521,7 +2521,7 @@ def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **how: figures.append(figure) or save(figure, *to, **how))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **kw: figures.append(figure) or save(figure, *to, **kw))
     assert erdp.main([*RUN.split(), "--run-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     reward, curve, q, density = figures[0].axes
