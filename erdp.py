@@ -356,7 +356,7 @@ DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action 
 def entropy_weights(sde):
     """w_t = theta'_t / var_t (T,) for t = 1..T, and 0 after sde.last_time; the sum of w_t var_t is theta_bar there.
 
-    Later times would add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions are, but they
+    Later times would add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions are, but
     have most of the weight, and Eq. 8 multiplies errors there by up to 1,000.
     """
     t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
@@ -386,8 +386,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
 
     Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
 
-    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where it
-    is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss`
+    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where
+    it is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss`
     gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
