@@ -387,8 +387,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
 
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where
-    it is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss`
-    gave it, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
+    it is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as `critic_loss`
+    gave it in this step, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
