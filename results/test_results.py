@@ -67,7 +67,7 @@ def test_results_exact_noise_is_the_mean_of_eps_given_x_t_by_quadrature(t):
         weight = prior * np.exp(-0.5 * (eps**2 - (eps**2).min()))
         expected.append([(weight * eps).sum() / weight.sum()])
     x_t = torch.tensor([[-1.3], [0.0], [0.4]], dtype=torch.float64)
-    exact_noise = script("figure2").exact_noise
+    exact_noise = script("known_noise").exact_noise
     agree("E(eps | x_t)", exact_noise(sde64(), x_t, t, modes, width), expected, rtol=1e-6)
     agree("t as a tensor", exact_noise(sde64(), x_t, torch.full((3,), t), modes, width), expected, rtol=1e-6)
 
@@ -93,7 +93,7 @@ def test_results_closed_form_deviations_obey_their_recursions(schedule, T):
 def test_results_x0_hat_loses_the_variance_of_x0_given_x_t():
     for t, bar in list(enumerate(literal_theta("cosine", 5)[1]))[1:]:
         given = 1 / (1 / 0.3**2 + math.exp(-2 * bar) / (1 - math.exp(-2 * bar)))  # Var(x_0 | x_t), two precisions added
-        actual = script("figure2").deviation_of_x0_hat(sde64(), 0.3, t)
+        actual = script("known_noise").deviation_of_x0_hat(sde64(), 0.3, t)
         agree("deviation of E(x_0 | x_t)", actual, math.sqrt(0.09 - given))
 
 
@@ -201,7 +201,7 @@ def test_results_minimiser_is_where_the_loss_has_no_slope(loss, T, t):
     best = likelihood.minimiser(sde, loss, x_t, times[:1], state)
 
     def at(prediction):
-        return erdp.diffusion_loss(sde, x_0, x_t.expand(2, 2), times, eps, prediction.expand(2, 2), loss)
+        return erdp.LOSSES[loss](sde, x_0, x_t.expand(2, 2), times, eps, prediction.expand(2, 2))
 
     for direction in torch.eye(2, dtype=torch.float64):
         up, here, down = (float(at(best + step * direction)) for step in (1.0, 0.0, -1.0))
