@@ -2588,16 +2588,22 @@ def test_load_policy_acts_by_eq10_with_the_trained_weights(finished):
         assert_same("it asks the target ensemble", dict(actor.agent.critics_target.state_dict()), dict(target))
 
 
-def test_readmes_snippet_acts(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert erdp.main([*RUN.split(), "--num-steps", "2"]) == 0, "a run's default folder"
-    snippet = re.search(r"```python\n(.*?)```", Path(erdp.__file__).with_name("README.md").read_text(), re.DOTALL)[1]
-    capsys.readouterr()
-    names = {}
-    exec(snippet, names)
-    actions = names["policy"](names["states"])
-    assert actions.shape == (len(names["states"]), 1) and (np.abs(actions) <= 1).all()
-    assert capsys.readouterr().out.count("[") == len(actions) + 1, "it prints an action a row"
+@pytest.mark.slow
+def test_readmes_own_environment_is_recorded_learned_and_acted_in_as_printed(tmp_path):
+    """From ten recorded episodes of an own environment to a trained policy, by the README's blocks alone."""
+    text = Path(erdp.__file__).with_name("README.md").read_text().partition("## Your own data and environment")[2]
+    (environment, commands, acting), folder = re.findall(r"```\w+\n(.*?)```", text, re.DOTALL)[:3], tmp_path / "copy"
+    folder.mkdir()
+    shutil.copy(erdp.__file__, folder)
+    (folder / "reach.py").write_text(environment)
+    (folder / "act.py").write_text(acting)
+    bin_folder = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    there = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "PATH": bin_folder, "OMP_NUM_THREADS": "1"}
+    for command in (*commands.splitlines(), "python act.py"):
+        done = subprocess.run(command, shell=True, cwd=folder, env=there, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    result = json.loads((folder / "runs" / "mine-reach-v0__paper__0" / "result.json").read_text())
+    assert result["steps"] == 400 and abs(float(done.stdout.strip("[]\n"))) <= 1, "it prints an action"
 
 
 def words_of(row) -> str:
