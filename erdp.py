@@ -1744,7 +1744,7 @@ def parse(argv: list[str]) -> Args:
     if args.variant == "released":
         steps = 3  # its entropy term has the times 1, 2 and T
     require(T >= steps, "num_diffusion_steps", f"at least {steps} here")
-    require(args.q_time is None or args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
+    require(args.q_time is None or 1 <= args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
     require(args.seed < 2**63, "seed", "less than 2**63")
     free = FREE | {"seed"} if given.eval_only else FREE
     for name, value in vars(args).items():
