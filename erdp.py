@@ -1,9 +1,8 @@
 """Entropy-regularized Diffusion Policy with Q-Ensembles (ERDP) for offline RL, in one file.
 
 Reference: Zhang, Luo, Sjölund, Schön and Mattsson, "Entropy-regularized Diffusion Policy with Q-Ensembles for Offline
-Reinforcement Learning", arXiv:2402.04080. Equation, table and algorithm numbers are the paper's. The first half is the
-paper, in its order: settings, SDE (Eq. 1-8), networks, sampler (Eq. 10), losses (Eq. 5, 12-17), Algorithm 1. The second
-half is what a program needs besides: data, evaluation, the run's folder and loop, the command line.
+Reinforcement Learning", arXiv:2402.04080. Equations, tables and algorithms have its numbers. First the paper, in its
+order: settings, SDE, networks, sampler, losses, Algorithm 1; then all else: data, evaluation, runs, the command line.
 
     python erdp.py                                      # the toy task of Figure 1
     python erdp.py --env antmaze-umaze-v0 --seed 0      # one row of Table 2 with the paper's settings
@@ -16,12 +15,11 @@ import copy
 import csv
 import dataclasses
 import difflib
-import importlib
 import importlib.metadata
 import io
 import json
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import shutil
@@ -34,7 +32,6 @@ import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -939,7 +936,7 @@ def open_minari(dataset_id: str):
         say(f"looking for {dataset_id} on Minari's server")
         there = f"{folder} has {', '.join(installed) or 'no set'}"
         with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`; {there}"), quiet():
-            with ThreadPool(1) as pool:  # Minari itself would wait for ever
+            with multiprocessing.pool.ThreadPool(1) as pool:  # Minari itself would wait for ever
                 remote = pool.apply_async(minari.list_remote_datasets, kwds=dict(compatible_minari_version=True))
                 found = newest(remote.get(PATIENCE))
             if found is None:
@@ -1747,7 +1744,7 @@ def parse(argv: list[str]) -> Args:
     if args.variant == "released":
         steps = 3  # its entropy term has the times 1, 2 and T
     require(T >= steps, "num_diffusion_steps", f"at least {steps} here")
-    require(args.q_time is None or args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
+    require(args.q_time is None or 1 <= args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
     require(args.seed < 2**63, "seed", "less than 2**63")
     free = FREE | {"seed"} if given.eval_only else FREE
     for name, value in vars(args).items():
