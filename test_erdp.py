@@ -1323,7 +1323,7 @@ ALGORITHM1 = {
     "clipped gradients": dict(grad_norm=0.05, entropy_coef=0.5, lr=3e-5),
     "min": dict(pessimism="min", variant="released", loss="posterior", schedule="linear"),
     "one member": dict(num_critics=1, variant="released", entropy_coef=0.0, schedule="constant"),
-    "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=2, ema_start=0, critic_lr=1e-2),
+    "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=3, ema_start=0, critic_lr=1e-2),
 }
 
 
