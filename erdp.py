@@ -36,7 +36,7 @@ import zlib
 from collections.abc import Callable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -356,9 +356,8 @@ DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action 
 def entropy_weights(sde):
     """w_t = theta'_t / var_t (T,) for t = 1..T, and 0 after sde.last_time; the sum of w_t var_t is theta_bar there.
 
-    Later times add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions, as 1 <=
-    E||E[eps | x_t]||^2 / (A var_t) <= 1 / var_t. But they have most of the weight, and Eq. 8 multiplies errors there by
-    up to 1,000.
+    Later times would add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions are, but
+    have most of the weight, and Eq. 8 multiplies errors there by up to 1,000.
     """
     t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
     weight = sde.between(t - 1, t) / sde.var(0, t) * (t <= sde.last_time)[:, None]  # (T, 1)
@@ -387,10 +386,9 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
 
     Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
 
-    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, and without gradient
-    where it is. Eq. 8 multiplies an error of the predicted noise by up to 1,000: after `q_time`, Q does not see it at
-    all. q_data (M, B), for lambda, is Q(s, a) of the batch as this step's `critic_loss` gave it, before the Q update:
-    that saves a pass through the ensemble. Q's weights get no gradient.
+    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where
+    it is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as `critic_loss`
+    gave it in this step, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -501,18 +499,16 @@ class Agent:
 
 def update(agent: Agent, batch: Batch, noise: Noise) -> dict:
     """One iteration of Algorithm 1, in place. Returns the METRICS as tensors, without waiting for the device."""
-    args = agent.args
+    args, sde = agent.args, agent.sde
     # Ensemble-Q learning
     with torch.no_grad():
         next_state = batch.next_state.expand(noise.next_action.shape[1], -1, -1)  # (C, B, S)
-        next_action = agent.sample_actions(
-            agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised
-        )
+        next_action = agent.sample_actions(agent.policy_ema, sde, next_state, noise.next_action, args.clip_denoised)
     critic = agent.critic_loss(agent.critics, agent.critics_target, batch, next_state, next_action, args)
     optimizer_step(critic["critic_loss"], agent.critics, agent.critic_optimizer, args.grad_norm)
     # Diffusion policy learning, against the updated Q
     q = critic["q"].detach()
-    policy = agent.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q, args)
+    policy = agent.policy_loss(agent.policy, agent.critics, sde, batch, noise, q, args)
     optimizer_step(policy["policy_loss"], agent.policy, agent.policy_optimizer, args.grad_norm)
     # Target networks
     due = (agent.updates >= args.ema_start) & (agent.updates % args.ema_every == 0)
@@ -562,6 +558,7 @@ def sample_noise(noise: Noise, num_rows: int, generator: torch.Generator):
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 PATIENCE = 20  # seconds that a silent server is waited for
 CANNOT_MAKE = "see that what it needs is installed, or name another by --eval-env"
+HDF5 = ".hdf5", ".h5"  # endings of a D4RL file
 
 
 class UserError(Exception):
@@ -608,28 +605,27 @@ def lock(path: Path, waiting: str | None = None):
     A POSIX lock ends with its process and is not inherited by workers. Where there is none, the program runs without.
     """
     with contextlib.ExitStack() as end:
-        try:
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             file = end.enter_context(open(path, "a"))
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if waiting is None:
-                problem = f"another process is at work in {path.parent}"
-                raise UserError(f"{problem}: wait for it, or give another --run-dir") from None
-            say(waiting)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if waiting is None:
+                    problem = f"another process is at work in {path.parent}"
+                    raise UserError(f"{problem}: wait for it, or give another --run-dir") from None
+                say(waiting)
+                fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
-def write_whole(path: Path, write: Callable):
-    """Writes a file so that it is there as a whole or as it was: `write` gets another one, open in binary."""
+def write_whole(path: Path, write: Callable, mode: str = "wb"):
+    """Writes a file so that it is there as a whole or as it was: `write` gets another one, open in `mode`."""
     part = path.with_name(".part-" + path.name)
     with refusing(f"{path} cannot be written", "what was there is as before; make room, then --resume"):
         try:
-            with open(part, "wb") as file:
+            with open(part, mode) as file:
                 write(file)
             part.replace(path)
         finally:
@@ -656,22 +652,25 @@ def sparse_reward(reward):
     return 4 * (reward - 0.5)
 
 
-def standardised(reward):
-    return (reward - reward.mean()) / (reward.std() or 1)
-
-
-def pen_dropped(state):
-    return state[26] < 0.075  # its height
-
-
 DOMAINS = {
     "toy": Domain(
         dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000, eval_every=400)
     ),
     "own": Domain({}),
-    "gym": Domain(dict(loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10)),
-    "antmaze": Domain(dict(eta=2.0, max_q_backup=True), sparse_reward, goal_ends=True, env={"continuing_task": False}),
-    "adroit": Domain(dict(lr=3e-5, eta=0.1, grad_norm=8.0), standardised, over=pen_dropped),
+    "gym": Domain(
+        dict(loss="likelihood", clip_denoised=False, num_steps=2_000_000, eval_episodes=10),
+    ),
+    "antmaze": Domain(
+        dict(eta=2.0, max_q_backup=True),
+        reward=sparse_reward,
+        goal_ends=True,
+        env=dict(continuing_task=False),
+    ),
+    "adroit": Domain(
+        dict(lr=3e-5, eta=0.1, grad_norm=8.0),
+        reward=lambda reward: (reward - reward.mean()) / (reward.std() or 1),
+        over=lambda state: state[26] < 0.075,  # the pen's height: it was dropped
+    ),
     "kitchen": Domain(
         dict(eta=0.005, grad_norm=10.0, loss="likelihood", clip_denoised=False),
         observation="observation",
@@ -689,12 +688,15 @@ class ToyEnv(gym.Env):
     @staticmethod
     def reward(x):
         """A mixture of Gaussians: a low hill on the left, where most of the data is, and a high one on the right."""
-        return np.exp(-0.5 * ((x + 0.9) / 0.4) ** 2) + 3 * np.exp(-0.5 * ((x - 0.9) / 0.4) ** 2)
+        low = np.exp(-0.5 * ((x + 0.9) / 0.4) ** 2)
+        high = np.exp(-0.5 * ((x - 0.9) / 0.4) ** 2)
+        return low + 3 * high
 
     @classmethod
     def best_return(cls) -> float:
-        first, second = np.meshgrid(np.linspace(-1, 1, 2001), np.linspace(-1, 1, 2001))
-        return float((cls.reward(first) + cls.reward(first + second)).max())
+        step = np.linspace(-1, 1, 2001)
+        first = step[:, None]
+        return float((cls.reward(first) + cls.reward(first + step)).max())
 
     def reset(self, *, seed=None, options=None):
         self.state = np.zeros(2, np.float32)
@@ -702,7 +704,8 @@ class ToyEnv(gym.Env):
 
     def step(self, action):
         self.state = self.state + np.array([action[0], 1], np.float32)
-        return self.state, float(self.reward(self.state[0])), bool(self.state[1] == 2), False, {}
+        position, steps = self.state
+        return self.state, float(self.reward(position)), bool(steps == 2), False, {}
 
 
 class Row(NamedTuple):
@@ -801,7 +804,11 @@ def spaces_of(source, name: str) -> dict:
     spread = actions.high.astype(float) - actions.low
     if not ((spread > 0) & (spread < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
         raise UserError(f"{name} has the actions {actions}: not a bounded, continuous Box with 0 < high - low < 1e6")
-    return dict(observation=layout(source.observation_space), low=actions.low.tolist(), high=actions.high.tolist())
+    return dict(
+        observation=layout(source.observation_space),
+        low=actions.low.tolist(),
+        high=actions.high.tolist(),
+    )
 
 
 def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
@@ -809,15 +816,18 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
     with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
         env = gym.make(spec, **kwargs)
         env.close()
-    name, space, found = env.spec.id, env.observation_space, spaces_of(env, env.spec.id)
+    name, space = env.spec.id, env.observation_space
+    found = spaces_of(env, name)
     if recorded := getattr(data, "spec", None):  # what a Minari set says of itself
-        if (theirs := spaces_of(recorded, dataset_id)) != found:
+        theirs = spaces_of(recorded, dataset_id)
+        if theirs != found:
             raise UserError(f"{dataset_id} and its environment {name} differ: {theirs} against {found}")
     if key := DOMAINS[domain].observation:
-        if not (isinstance(space, gym.spaces.Dict) and key in space.keys()):
+        if key not in layout(space):
             raise UserError(f"{name} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
         space = gym.spaces.Dict({key: space[key]})
-    low, high = np.array(found["low"]), np.array(found["high"])
+    low = np.array(found["low"])
+    high = np.array(found["high"])
     return Task(domain, data, dataset_id, env.spec, space, low, high, *refs)
 
 
@@ -829,31 +839,38 @@ def open_task(args: Args) -> Task:
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
     if domain == "toy":
-        return make_task(domain, toy_share(source), source, row.env, row[-2:])
+        refs = row.ref_min, row.ref_max
+        return make_task(domain, toy_share(source), source, row.env, refs)
     register_robots()
-    if source.endswith((".hdf5", ".h5")):
-        data, dataset_id, recorded, metadata = open_hdf5(source, download=args.dataset is None), source, None, {}
+    collected, metadata = None, {}
+    if source.endswith(HDF5):
+        dataset_id = source
+        data = open_hdf5(source, download=args.dataset is None)
     else:
         data = open_minari(source)
-        dataset_id, recorded, metadata = data.spec.dataset_id, data.spec.env_spec, data.storage.metadata
+        dataset_id = data.spec.dataset_id
+        collected = data.spec.env_spec
+        metadata = data.storage.metadata
+    spec = row.env if row else None
     if args.eval_env:
         spec = find_env(args.eval_env)
-    elif row and row.env:
-        spec = row.env
-    elif recorded:
+    elif spec is None and collected:
         with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
-            env = data.recover_environment(eval_env=True)
-            env.close()
-        spec = env.spec
-    else:
+            with data.recover_environment(eval_env=True) as env:
+                spec = env.spec
+    if spec is None:
         raise UserError(f"{dataset_id} names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
-    refs = row[-2:] if row else (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    kwargs = dict(DOMAINS[domain].env)
+    if row:
+        refs = row.ref_min, row.ref_max
+        kwargs["max_episode_steps"] = row.max_steps
+    else:
+        refs = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if None in refs:
         say(f"{dataset_id} has no reference scores: its score is the return")
         refs = 0.0, 100.0
-    kwargs = DOMAINS[domain].env | (dict(max_episode_steps=row.max_steps) if row else {})
     if DOMAINS[domain].goal_ends:
-        kwargs["maze_map"] = evaluation_maze(dataset_id, spec, recorded)
+        kwargs["maze_map"] = evaluation_maze(dataset_id, spec, collected)
     return make_task(domain, data, dataset_id, spec, refs, **kwargs)
 
 
@@ -890,7 +907,9 @@ def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
         maze, collected = maze_of(spec), walls(maze_of(collected_spec))
     if walls(maze) == collected:
         return maze
-    for mirrored in ([line[::-1] for line in maze], maze[::-1]):
+    left_to_right = [line[::-1] for line in maze]
+    upside_down = maze[::-1]
+    for mirrored in (left_to_right, upside_down):
         if walls(mirrored) == collected:
             say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
             return mirrored
@@ -907,8 +926,8 @@ def open_minari(dataset_id: str):
 
     def newest(ids):
         """The id itself, or if it names no version, the id of its highest version."""
-        ids = [i for i in ids if dataset_id in (i, i.rpartition("-v")[0])]
-        return max(ids, key=lambda i: int(i.rpartition("-v")[2]), default=None)
+        found = [i for i in ids if re.fullmatch(rf"{dataset_id}(-v\d+)?", i)]
+        return max(found, key=lambda i: int(i.rpartition("-v")[2]), default=None)
 
     with refusing(f"{folder} cannot be used", "set MINARI_DATASETS_PATH to a folder that can"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -945,8 +964,8 @@ def fetch_minari(dataset_id: str, folder: Path):
 
 def open_hdf5(source: str, download: bool) -> Path:
     """The path of a D4RL file; where `download`, a row's own, which is fetched at first use."""
-    path = Path(source).expanduser()
     if not download:
+        path = Path(source).expanduser()
         if not path.exists():
             raise UserError(f"--dataset {path} does not exist")
         return path
@@ -981,14 +1000,16 @@ def toy_share(source: str) -> float:
 def toy_data(seed: int, share: float = 0.2, episodes: int = 256) -> Batch:
     """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
-    drift = np.where(rng.random((episodes, 2)) < 1 - share, -0.3, 0.5)
-    action = rng.normal(drift, 0.4, (episodes, 2)).clip(-1, 1)
-    position = np.concatenate([np.zeros((episodes, 1)), action.cumsum(1)], 1)  # (E, 3)
-    state = np.stack([position, np.broadcast_to([0.0, 1.0, 2.0], position.shape)], -1)  # (E, 3, 2)
-    reward = ToyEnv.reward(position[:, 1:])
-    terminal = np.broadcast_to([0.0, 1.0], (episodes, 2))
-    before, after = state[:, :2].reshape(-1, 2), state[:, 1:].reshape(-1, 2)
-    return Batch(before, action.reshape(-1, 1), reward.ravel(), after, terminal.ravel())
+    away = rng.random((episodes, 2)) < 1 - share
+    action = rng.normal(np.where(away, -0.3, 0.5), 0.4).clip(-1, 1)  # (E, 2)
+    position = np.insert(action.cumsum(1), 0, 0, axis=1)  # (E, 3)
+    steps = np.broadcast_to(np.arange(3), position.shape)
+    state = np.stack([position, steps], -1)  # (E, 3, 2)
+    before = state[:, :-1].reshape(-1, 2)
+    after = state[:, 1:].reshape(-1, 2)
+    reward = ToyEnv.reward(after[:, 0])
+    terminal = np.tile([0.0, 1.0], episodes)
+    return Batch(before, action.reshape(-1, 1), reward, after, terminal)
 
 
 def load_minari(task: Task):
@@ -998,8 +1019,10 @@ def load_minari(task: Task):
     """
     domain, parts, rewards = DOMAINS[task.domain], [], []
     for episode in task.data.iterate_episodes():
-        n, state = len(episode.rewards), flatten(layout(task.space), episode.observations)
-        action, reward = np.asarray(episode.actions, np.float32), np.asarray(episode.rewards, float)
+        n = len(episode.rewards)
+        state = flatten(layout(task.space), episode.observations)
+        action = np.asarray(episode.actions, np.float32)
+        reward = np.asarray(episode.rewards, float)
         terminal = np.array(episode.terminations, np.float32)
         found = state.shape, action.shape, reward.shape, terminal.shape
         wanted = (n + 1, task.state_dim), (n, *task.low.shape), (n,), (n,)
@@ -1009,10 +1032,15 @@ def load_minari(task: Task):
         if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
-        parts.append(Batch(state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+        action = action[:n].reshape(n, -1)
+        reward = reward[:n]
+        parts.append(Batch(state[:n], action, reward, state[1 : n + 1], terminal[:n]))
         over = [step for step in range(1, n) if domain.over(state[step])]
         rewards.append(reward[: min(over, default=n)])
-    return Batch(*map(np.concatenate, zip(*parts))) if parts else None, rewards
+    if not parts:
+        return None, rewards
+    columns = [np.concatenate(column) for column in zip(*parts)]
+    return Batch(*columns), rewards
 
 
 def load_hdf5(task: Task):
@@ -1024,24 +1052,20 @@ def load_hdf5(task: Task):
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
     with h5py.File(task.data) as file:
-        rows = {key: np.asarray(file[key][()], float) for key in keys if key in file}
-    if missing := [key for key in keys if key not in rows]:
-        raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
-    state, action, reward, terminal, timeout = rows.values()
-    n, found = reward.size, [array.shape for array in rows.values()]
+        if missing := [key for key in keys if key not in file]:
+            raise UserError(f"{task.data} lacks {', '.join(missing)}, which D4RL's files have")
+        columns = [np.asarray(file[key][()], float) for key in keys]
+    state, action, reward, terminal, timeout = columns
+    n = reward.size
+    found = [column.shape for column in columns]
     wanted = [(n, task.state_dim), (n, task.low.size), (n,), (n,), (n,)]
     if found != wanted:
         raise UserError(f"{task.data} does not fit {task.spec.id}: its {', '.join(keys)} are {found}, not {wanted}")
-    keep = timeout[:-1] == 0
-    columns = state[:-1], action[:-1], reward[:-1], state[1:], (terminal[:-1] != 0).astype(float)
-    ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
+    terminal, timeout = terminal != 0, timeout != 0
+    ends = np.flatnonzero(terminal | timeout) + 1
     episodes = np.split(reward, ends)[: len(ends)] or [reward]  # the file may end within one
-    return Batch(*(column[keep] for column in columns)), episodes
-
-
-def load_toy(task: Task, seed: int):
-    data = toy_data(seed, task.data)
-    return data, data.reward.reshape(-1, 2)
+    rows = np.flatnonzero(~timeout[:-1])
+    return Batch(state[rows], action[rows], reward[rows], state[rows + 1], terminal[rows]), episodes
 
 
 def load_data(task: Task, args: Args) -> Batch:
@@ -1049,30 +1073,36 @@ def load_data(task: Task, args: Args) -> Batch:
 
     Fills in task.returns and, where the environment has no time limit, the longest recorded episode's length as one.
     """
-    name = task.dataset_id
+    name, spec = task.dataset_id, task.spec
     with refusing(f"{name} cannot be read", "see that it is whole, and not open elsewhere"):
         with quiet(), np.errstate(over="ignore"):
             if isinstance(task.data, float):
-                data, rewards = load_toy(task, args.seed)
+                data = toy_data(args.seed, task.data)
+                rewards = data.reward.reshape(-1, 2)
             elif isinstance(task.data, Path):
                 data, rewards = load_hdf5(task)
             else:
                 data, rewards = load_minari(task)
     if data is None or len(data.reward) == 0:
         raise UserError(f"{name} is empty: it holds no transition")
+    largest = np.finfo(np.float32).max
     for column, values in data._asdict().items():
-        if not (np.abs(values) <= np.finfo(np.float32).max).all():
+        if not (np.abs(values) <= largest).all():
             raise UserError(f"{name} has NaN or infinity among its {column} values")
-    if task.spec.max_episode_steps is None:
-        task.spec.max_episode_steps = max(map(len, rewards))
-        say(f"{task.spec.id} has no time limit: its episodes are cut after {task.spec.max_episode_steps} steps")
-    task.returns = np.array([reward[: task.spec.max_episode_steps].sum() for reward in rewards])
+    if spec.max_episode_steps is None:
+        spec.max_episode_steps = max(map(len, rewards))
+        say(f"{spec.id} has no time limit: its episodes are cut after {spec.max_episode_steps} steps")
+    limit = spec.max_episode_steps
+    task.returns = np.array([reward[:limit].sum() for reward in rewards])
     low, high = task.low.ravel(), task.high.ravel()
     action = 2 * (data.action - low) / (high - low) - 1
-    if (most := np.abs(action).max()) > 1 + 1e-3:
+    most = np.abs(action).max()
+    if most > 1 + 1e-3:
         raise UserError(f"{name} has actions outside their bounds: {most:.4g} on a scale where those are ±1")
-    data = data._replace(action=action.clip(-1, 1), reward=DOMAINS[task.domain].reward(data.reward))
-    return Batch(*(torch.as_tensor(np.ascontiguousarray(x, np.float32), device=args.device) for x in data))
+    reward = DOMAINS[task.domain].reward(data.reward)
+    data = data._replace(action=action.clip(-1, 1), reward=reward)
+    columns = [np.ascontiguousarray(column, np.float32) for column in data]
+    return Batch(*(torch.as_tensor(column, device=args.device) for column in columns))
 
 
 # ==== 9. Acting and evaluation ========================================================================================
@@ -1091,25 +1121,32 @@ class Actor:
 
         One observation without the first axis gives one action. State n draws from the random generator streams[n].
         """
-        nested = isinstance(observation, dict)
-        state = flatten(self.layout, observation) if nested else np.asarray(observation, np.float32)
+        if isinstance(observation, dict):
+            observation = flatten(self.layout, observation)
+        state = np.asarray(observation, np.float32)
         if state.ndim == 1:
             return self(state[None], streams)[0]
-        args, sde, device = self.agent.args, self.agent.sde, self.agent.sde.theta_bar.device
-        N, T, C, A = len(state), sde.num_steps, args.eval_candidates, self.low.size
+        agent, args = self.agent, self.agent.args
+        device = agent.sde.theta_bar.device
+        T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
         streams = streams or [np.random.default_rng() for _ in state]
-        noise = np.stack([stream.standard_normal((T, C, A), np.float32) for stream in streams], 1)  # (T, N, C, A)
-        noise = torch.as_tensor(noise, device=device)
-        state = torch.as_tensor(state, device=device)[:, None].expand(-1, C, -1)  # (N, C, S)
-        action = sample_actions(self.agent.policy, sde, state, noise, args.clip_denoised)  # (N, C, A)
+        noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
+        noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
+        state = torch.as_tensor(state, device=device)
+        state = state[:, None].expand(-1, C, -1)  # (N, C, S)
+        action = sample_actions(agent.policy, agent.sde, state, noise, args.clip_denoised)  # (N, C, A)
         if C > 1:
-            value = pessimistic_value(self.agent.critics_target(state, action), args)  # (N, C)
+            value = pessimistic_value(agent.critics_target(state, action), args)  # (N, C)
             below = value.double().softmax(-1).cumsum(-1)
-            u = torch.tensor([[stream.random()] for stream in streams], dtype=torch.float64, device=device)
-            chosen = torch.searchsorted(below, u, right=True).clamp(max=C - 1)  # (N, 1)
+            u = [[stream.random()] for stream in streams]
+            u = torch.tensor(u, dtype=torch.float64, device=device)
+            chosen = torch.searchsorted(below, u, right=True)  # (N, 1)
+            chosen = chosen.clamp(max=C - 1)
             action = action.take_along_dim(chosen[..., None], 1)
-        action = action.double().cpu().numpy().reshape(N, *self.low.shape)
-        return np.clip(self.low + (action + 1) / 2 * (self.high - self.low), self.low, self.high)
+        action = action.double().cpu().numpy()
+        action = action.reshape(-1, *self.low.shape)
+        action = self.low + (action + 1) / 2 * (self.high - self.low)
+        return np.clip(action, self.low, self.high)
 
 
 class Episode(gym.Wrapper):
@@ -1117,34 +1154,40 @@ class Episode(gym.Wrapper):
 
     def __init__(self, env: gym.Env, task: Task):
         super().__init__(env)
-        self.layout, self.over = layout(task.space), DOMAINS[task.domain].over
+        self.layout = layout(task.space)
+        self.over = DOMAINS[task.domain].over
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (task.state_dim,))
 
     def reset(self, **kwargs):
         observation, _ = self.env.reset(**kwargs)
-        self.state, self.ended = flatten(self.layout, observation), False
+        self.state = flatten(self.layout, observation)
+        self.ended = False
         return self.state, {}
 
     def step(self, action):
-        reward, info = 0.0, {}
+        reward, success = 0.0, np.nan
         if not self.ended:
             observation, reward, terminated, truncated, info = self.env.step(action)
             self.state = flatten(self.layout, observation)
             self.ended = terminated or truncated or bool(self.over(self.state))
-        return self.state, reward, False, False, {"ended": self.ended, "success": float(info.get("success", np.nan))}
+            success = float(info.get("success", np.nan))
+        return self.state, reward, False, False, {"ended": self.ended, "success": success}
 
 
 def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
     """Environments that step together in worker processes, by default two a core and at most one an episode."""
 
     def make():
-        if multiprocessing.parent_process():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # to stop is the main process's business
+        if multiprocessing.parent_process():  # in a worker: to stop is the main process's business
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with quiet():
             return Episode(gym.make(task.spec, disable_env_checker=True), task)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))  # those that this process may use
+    else:
+        cores = os.cpu_count()
     makers = [make] * min(episodes, num_envs or 2 * cores)
     if task.domain == "toy":
         return gym.vector.SyncVectorEnv(makers)
@@ -1158,37 +1201,42 @@ def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> di
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
     nor anything in training changes the result.
     """
-    K = envs.num_envs
-    result = {"return": np.zeros(episodes), "success": np.full(episodes, np.nan), "length": np.zeros(episodes)}
-    bar = tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None)
-    for first in range(0, episodes, K):  # K episodes at a time
-        wave = range(first, first + K)
-        streams = [np.random.default_rng((seed, e)) for e in wave]
-        state, _ = envs.reset(seed=[int(np.random.SeedSequence((seed, e)).generate_state(1)[0]) for e in wave])
-        actions = np.stack([actor.low] * K)
-        alive = np.array(wave) < episodes
-        while alive.any():
-            if stopped():
-                return None
-            playing = np.flatnonzero(alive)
-            actions[alive] = actor(state[alive], [streams[k] for k in playing])
-            state, reward, _, _, info = envs.step(actions)
-            result["return"][first + playing] += reward[alive]
-            result["length"][first + playing] += 1
-            success = result["success"][first + playing]
-            result["success"][first + playing] = np.fmax(success, info["success"][alive])
-            bar.update(int(info["ended"][alive].sum()))
-            alive &= ~info["ended"]
-    bar.close()
-    return result
+    K, played = envs.num_envs, []
+    with tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None) as bar:
+        for first in range(0, episodes, K):  # K episodes at a time
+            wave = range(first, first + K)
+            sources = [np.random.SeedSequence((seed, e)) for e in wave]
+            streams = [np.random.default_rng(source) for source in sources]
+            seeds = [int(source.generate_state(1)[0]) for source in sources]
+            state, _ = envs.reset(seed=seeds)
+            actions = np.stack([actor.low] * K)
+            alive = np.array(wave) < episodes
+            total = np.zeros(K)
+            success = np.full(K, np.nan)
+            length = np.zeros(K)
+            while alive.any():
+                if stopped():
+                    return None
+                playing = [streams[k] for k in np.flatnonzero(alive)]
+                actions[alive] = actor(state[alive], playing)
+                state, reward, _, _, info = envs.step(actions)
+                total += reward  # 0 of an episode that has ended
+                success = np.fmax(success, info["success"])
+                length += alive
+                bar.update(int((alive & info["ended"]).sum()))
+                alive &= ~info["ended"]
+            played.append((total, success, length))
+    columns = np.concatenate(played, 1)[:, :episodes]
+    return dict(zip(("return", "success", "length"), columns))
 
 
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
-    score, success = task.score(result["return"]), result["success"]
+    returns, success = result["return"], result["success"]
+    score = task.score(returns)
     return dict(
-        return_mean=float(result["return"].mean()),
-        return_std=float(result["return"].std()),
+        return_mean=float(returns.mean()),
+        return_std=float(returns.std()),
         score_mean=float(score.mean()),
         score_std=float(score.std()),
         success=None if np.isnan(success).all() else float(success.mean()),
@@ -1206,6 +1254,7 @@ def in_words(row: dict) -> str:
 # ==== 10. Training, and the folder that a run leaves ==================================================================
 
 FORMAT = 2  # of the files below
+ACTING = "policy", "critics_target"  # what a policy.pt has of an agent
 SAVE_EVERY = 600  # seconds between two checkpoints at the most
 LOG_EVERY = 100  # updates between two readings of the losses
 SPEAK_EVERY = 300  # seconds between two lines in a log file
@@ -1229,7 +1278,13 @@ def load_file(path: Path, device="cpu") -> dict:
         saved = torch.load(path, map_location=device, weights_only=True)
         if saved.get("format") != FORMAT:
             raise UserError(f"{path} was made by another version of this program, which can read it")
-        saved["args"], saved["dataset_id"] = Args(**saved["args"]), str(saved["dataset_id"])
+        saved["dataset_id"] = str(saved["dataset_id"])
+        saved["args"] = Args(**saved["args"])
+        for name, hint in get_type_hints(Args).items():
+            value = getattr(saved["args"], name)
+            allowed = get_args(hint) or (hint,)  # types, or the words of a Literal
+            if type(value) not in allowed and value not in allowed:
+                raise TypeError(f"its {name} is {value}")
         return saved
 
 
@@ -1240,7 +1295,9 @@ class Captured:
     """
 
     def __init__(self, function: Callable[[], None]):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+        self.function = function
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self):
         self.calls += 1
@@ -1260,20 +1317,18 @@ class Captured:
 @contextlib.contextmanager
 def interruptible():
     """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between updates; a second one ends the program."""
-    stops, previous = [], {}
+    stops = []
+    with contextlib.ExitStack() as handlers:
 
-    def stop(number, _):
-        stops.append(number)
-        signal.signal(number, previous[number])
+        def stop(number, _):
+            stops.append(number)
+            handlers.close()  # puts the old ones back
 
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, stop)
-    try:
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous = signal.signal(number, stop)
+                handlers.callback(signal.signal, number, previous)
         yield stops
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Run:
@@ -1284,12 +1339,16 @@ class Run:
     """
 
     def __init__(self, args: Args, folder: Path, task: Task, data: Batch):
-        self.args, self.folder, self.task, self.data = args, folder, task, data
-        action_dim, device = data.action.shape[1], args.device
+        self.args = args
+        self.folder = folder
+        self.task = task
+        self.data = data
+        device = args.device
+        rows, action_dim = data.action.shape
         checksum = 0
         for column in data:
             checksum = zlib.crc32(column.cpu().numpy(), checksum)
-        self.about = dict(transitions=len(data.reward), state_dim=task.state_dim, action_dim=action_dim, data=checksum)
+        self.about = dict(transitions=rows, state_dim=task.state_dim, action_dim=action_dim, data=checksum)
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.agent = Agent(task.state_dim, action_dim, args, device)
@@ -1297,7 +1356,12 @@ class Run:
         self.noise = noise_buffers(args, action_dim, device)
         self.latest = torch.zeros(len(METRICS), device=device)
         self.totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)  # the last: of so many updates
-        self.step, self.rows, self.began = 0, [], time.monotonic()
+        self.step = 0
+        self.rows = []
+        self.began = self.saved = time.monotonic()
+        self.timed = None  # (when, step) from which updates are timed; None where they have been interrupted
+        self.spoke = None  # when progress was last said
+        self.evaluating = None  # seconds an evaluation
 
     def learn(self):
         """One update, all of it on the device."""
@@ -1307,25 +1371,38 @@ class Run:
         self.totals[:-1] += self.latest
         self.totals[-1] += 1
 
-    def header(self) -> dict:
-        """What a policy needs beside its weights to be evaluated without the data."""
-        spec, actor = self.task.spec, self.actor
-        return dict(
+    def write(self, name: str, **content):
+        """A file that `load_file` reads: `content`, and what a policy needs to be evaluated without the data."""
+        task, spec = self.task, self.task.spec
+        saved = dict(
             format=FORMAT,
-            args=dataclasses.asdict(self.args),
+            args=vars(self.args),
             about=self.about,
-            dataset_id=self.task.dataset_id,
+            dataset_id=task.dataset_id,
             spec=spec.to_json() if isinstance(spec.entry_point, str) else None,
-            refs=(self.task.ref_min, self.task.ref_max),
-            layout=actor.layout,
-            low=actor.low.tolist(),
-            high=actor.high.tolist(),
+            refs=(task.ref_min, task.ref_max),
+            layout=self.actor.layout,
+            low=task.low.tolist(),
+            high=task.high.tolist(),
         )
+        saved |= content
+        write_whole(self.folder / name, lambda file: torch.save(saved, file))
+
+    def write_json(self, name: str, content: dict):
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(self.folder / name, lambda file: file.write(text), "w")
+
+    def write_table(self, file):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
 
     def save(self):
         """The checkpoint: all that the rest of the run depends on."""
         self.saved = time.monotonic()
-        state = self.header() | dict(
+        self.timed = None
+        self.write(
+            "checkpoint.pt",
             step=self.step,
             seconds=self.saved - self.began,
             rows=self.rows,
@@ -1333,7 +1410,6 @@ class Run:
             generator=self.generator.get_state(),
             agent=self.agent.state_dict(),
         )
-        write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def restore(self):
         """Takes up the checkpoint. Raises UserError where it is damaged, or of other data than these."""
@@ -1344,38 +1420,33 @@ class Run:
                 raise UserError(f"{path} belongs to the data {saved['about']}, not to {self.about}: give those")
             self.agent.load_state_dict(saved["agent"])
             self.totals.copy_(saved["totals"])
-            self.step, self.began = int(saved["step"]), self.began - float(saved["seconds"])
+            self.step = int(saved["step"])
+            self.began -= float(saved["seconds"])
             self.rows = [{name: row[name] for name in COLUMNS} for row in saved["rows"]]
-            if torch.device(saved["args"].device).type == torch.device(self.args.device).type:
+            there = torch.device(saved["args"].device)
+            here = torch.device(self.args.device)
+            if there.type == here.type:
                 self.generator.set_state(saved["generator"])
             else:  # the two kinds of device have different generators
                 self.generator.manual_seed(self.args.seed + self.step)
 
-    def save_policy(self, name: str):
-        parts = {part: getattr(self.agent, part).state_dict() for part in ("policy", "critics_target")}
-        write_whole(self.folder / name, lambda file: torch.save(self.header() | dict(agent=parts), file))
-
-    def write_json(self, name: str, content: dict):
-        text = json.dumps(content, indent=1) + "\n"
-        write_whole(self.folder / name, lambda file: file.write(text.encode()))
-
-    def write_table(self):
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.folder / "metrics.csv", lambda file: file.write(table.getvalue().encode()))
-
-    def write_config(self):
-        """config.json, and on the screen what is learned from and where."""
-        task, here = self.task, machine(self.args.device)
+    def describe(self):
+        """Writes config.json, and says what is learned from and where."""
+        args, task = self.args, self.task
         mean = float(task.returns.mean())
         data = dict(data_episodes=len(task.returns), data_return=mean, data_score=task.score(mean))
-        settings = dataclasses.asdict(self.args) | dict(dataset_id=task.dataset_id)
-        self.write_json("config.json", settings | self.about | data | here)
-        say(f"{self.args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
+        packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        versions["python"] = sys.version.split()[0]
+        device = f"CPU ({torch.get_num_threads()} threads)"
+        if args.device.startswith("cuda"):
+            device = torch.cuda.get_device_name(args.device)
+        settings = vars(args) | dict(dataset_id=task.dataset_id)
+        machine = dict(device_name=device, versions=versions)
+        self.write_json("config.json", settings | self.about | data | machine)
+        say(f"{args.env}: {self.about['transitions']} transitions of {task.dataset_id}")
         say("its {data_episodes} episodes: mean return {data_return:.2f}, score {data_score:.1f}".format(**data))
-        say(f"variant {self.args.variant} on {here['device_name']}, into {self.folder}")
+        say(f"variant {args.variant} on {device}, into {self.folder}")
 
     def log(self, values: dict):
         """Values for TensorBoard, which must never cost a run."""
@@ -1387,21 +1458,23 @@ class Run:
     def check(self, bar):
         """Reads the losses, the only wait for the device, and shows them. Raises FloatingPointError at a NaN."""
         losses = dict(zip(METRICS, self.latest.tolist()))
-        numbers = self.totals, *self.agent.policy.parameters(), *self.agent.critics.parameters()
+        numbers = [self.totals]
+        numbers += self.agent.policy.parameters()
+        numbers += self.agent.critics.parameters()
         if not all(x.isfinite().all() for x in numbers):
             good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint"
             raise FloatingPointError(f"a loss is NaN or infinite at or just before update {self.step}: {good}")
         self.log({f"losses/{name}": value for name, value in losses.items()})
         words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
         bar.set_postfix_str(words)
-        now, (then, step) = time.monotonic(), self.tick
-        rate = (self.step - step) / (now - then)
-        if self.spoke is None and step > self.first:  # not the first updates, which may compile
-            say(f"{rate:.1f} updates a second: {self.to_go(rate)} to go, evaluations included")
+        now = time.monotonic()
+        due = self.spoke is None or (bar.disable and now - self.spoke > SPEAK_EVERY)
+        if self.timed and due:
+            then, step = self.timed
+            rate = (self.step - step) / (now - then)
+            say(f"update {self.step}: {words}; {rate:.1f} updates a second, {self.to_go(rate)} to go with evaluations")
             self.spoke = now
-        elif self.spoke and bar.disable and now - self.spoke > SPEAK_EVERY:
-            say(f"update {self.step}: {words}; {self.to_go(rate)} to go")
-            self.spoke = now
+        self.timed = time.monotonic(), self.step
 
     def to_go(self, rate: float) -> str:
         """The time to the run's end, evaluations included: the last one's or, before it, a guess from one action."""
@@ -1414,83 +1487,92 @@ class Run:
         evaluations = math.ceil(args.num_steps / args.eval_every) - self.step // args.eval_every
         return tqdm.format_interval((args.num_steps - self.step) / rate + evaluations * self.evaluating)
 
+    def due(self) -> bool:
+        """Whether the policy of this step is to be evaluated and has not been."""
+        evaluated = self.rows[-1]["step"] if self.rows else 0
+        at_end = self.step == self.args.num_steps
+        return self.step > evaluated and (at_end or self.step % self.args.eval_every == 0)
+
     def evaluate(self, stops):
         """Evaluates the policy and keeps what comes out, the checkpoint last; nothing if it is stopped."""
-        began = time.monotonic()
-        result = evaluate(self.actor, self.envs, self.args.eval_episodes, self.args.seed, lambda: stops)
+        args, began = self.args, time.monotonic()
+        result = evaluate(self.actor, self.envs, args.eval_episodes, args.seed, lambda: stops)
         if result is None:
             return
-        self.evaluating = time.monotonic() - began
-        measured = summary(self.task, result)
-        means = dict(zip(METRICS, (self.totals[:-1] / self.totals[-1]).tolist()))
-        seconds = round(time.monotonic() - self.began, 1)
-        self.rows.append(dict(step=self.step) | measured | means | dict(seconds=seconds))
+        now = time.monotonic()
+        self.evaluating = now - began
+        means = self.totals[:-1] / self.totals[-1]
+        row = dict(step=self.step) | summary(self.task, result)
+        row.update(zip(METRICS, means.tolist()))
+        row["seconds"] = round(now - self.began, 1)
+        is_best = all(row["score_mean"] > earlier["score_mean"] for earlier in self.rows)
+        self.rows.append(row)
         self.totals.zero_()
-        self.log(dict(score=measured["score_mean"]))
-        self.write_table()
-        self.save_policy("policy.pt")
-        if measured["score_mean"] > max((row["score_mean"] for row in self.rows[:-1]), default=-math.inf):
-            self.save_policy("policy-best.pt")
+        self.log(dict(score=row["score_mean"]))
+        write_whole(self.folder / "metrics.csv", self.write_table, "w")
+        weights = {part: getattr(self.agent, part).state_dict() for part in ACTING}
+        self.write("policy.pt", agent=weights)
+        if is_best:
+            self.write("policy-best.pt", agent=weights)
         self.save()  # last: a run cut off before it evaluates again
-        say(f"update {self.step}: {in_words(measured)}")
+        say(f"update {self.step}: {in_words(row)}")
 
     def loop(self, envs) -> int:
         """Updates and evaluations to the end. Returns the exit status: 0, or 128 and the number of a signal."""
         from torch.utils.tensorboard import SummaryWriter
 
-        args, self.envs, self.first, self.evaluating, self.spoke = self.args, envs, self.step, None, None
+        args, self.envs = self.args, envs
         self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.saved = time.monotonic()
-        self.tick = self.saved, self.step
         learn = Captured(self.learn) if args.device.startswith("cuda") else self.learn
         if args.compile:
             say("compiling, which takes half a minute or more")
         bar = tqdm(total=args.num_steps, initial=self.step, unit="update", disable=None)
         with contextlib.closing(self.writer), bar, interruptible() as stops:
             while True:
-                at_end = self.step == args.num_steps
-                evaluated = bool(self.rows) and self.rows[-1]["step"] == self.step
-                due = self.step > 0 and not evaluated and (at_end or self.step % args.eval_every == 0)
-                if self.step > self.first and (due or stops or self.step % LOG_EVERY == 0):
-                    self.check(bar)
-                    if time.monotonic() - self.saved > SAVE_EVERY:
-                        self.save()
-                    if due and not stops:
-                        self.evaluate(stops)
-                    self.tick = time.monotonic(), self.step
-                elif due:
+                if self.due() and not stops:
                     self.evaluate(stops)
-                if stops:
-                    self.save()
-                    say(f"stopped at update {self.step}: --resume goes on from there")
-                    return 128 + stops[0]
-                if at_end:
-                    return 0
+                if stops or self.step == args.num_steps:
+                    break
                 sample_noise(self.noise, len(self.data.reward), self.generator)
                 learn()
                 self.step += 1
                 bar.update()
+                if stops or self.due() or self.step % LOG_EVERY == 0:
+                    self.check(bar)
+                    if time.monotonic() - self.saved > SAVE_EVERY:
+                        self.save()
+            if stops:
+                self.save()
+                say(f"stopped at update {self.step}: --resume goes on from there")
+                return 128 + stops[0]
+        return 0
 
     def finish(self):
         write_whole(self.folder / "curve.png", lambda file: draw_curve(file, self))
-        best, last = max(self.rows, key=lambda row: row["score_mean"]), self.rows[-1]
-        scores = dict(final=last["score_mean"], best=best["score_mean"], best_step=best["step"], steps=self.step)
+        best = max(self.rows, key=lambda row: row["score_mean"])
+        scores = dict(
+            final=self.rows[-1]["score_mean"],
+            best=best["score_mean"],
+            best_step=best["step"],
+            steps=self.step,
+        )
         self.write_json("result.json", scores)
         say("final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores) + f"; see {self.folder}")
 
 
 def train(args: Args) -> int:
     """A run, from its start or its checkpoint to its end. Returns the exit status."""
-    folder, steps = run_folder(args), 0
-    left = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not args.resume and not all(name[0] == "." or name == "config.json" for name in left):
+    folder = run_folder(args)
+    left = {path.name for path in folder.glob("[!.]*")} - {"config.json"}  # which may be there before a checkpoint
+    if left and not args.resume:
         raise UserError(f"the run folder {folder} exists: --resume goes on with it, --run-dir names another")
-    if "result.json" in left:
-        with refusing(f"{folder / 'result.json'} is damaged", "move it away, then --resume"):
-            steps = int(json.loads((folder / "result.json").read_text())["steps"])
-    if steps >= args.num_steps:
-        say(f"{folder} is finished, with {steps} updates")
-        return 0
+    result = folder / "result.json"
+    if result.exists():
+        with refusing(f"{result} is damaged", "move it away, then --resume"):
+            steps = json.loads(result.read_text())["steps"]
+            if steps >= args.num_steps:
+                say(f"{folder} is finished, with {steps} updates")
+                return 0
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     task = open_task(args)
@@ -1503,52 +1585,55 @@ def train(args: Args) -> int:
             run.restore()
         if run.step > args.num_steps:
             raise UserError(f"{folder} is at update {run.step} already, past --num-steps {args.num_steps}")
-        run.write_config()
-        (folder / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+        run.describe()
+        result.unlink(missing_ok=True)  # of a finished run that now goes on
         if run.step == 0:
             run.save()  # from here on, --resume works whenever the run is cut off
         with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
-            if status := run.loop(envs):
-                return status
-        run.finish()
-    return 0
+            status = run.loop(envs)
+        if status == 0:
+            run.finish()
+    return status
 
 
 def draw_curve(file, run: Run):
     """A picture of score (for the toy, return) over updates; for the toy, between Figure 1's two other panels."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    toy = run.task.domain == "toy"
-    measure, level = ("return", run.task.returns.mean()) if toy else ("score", run.task.score(run.task.returns.mean()))
-    figure, axes = plt.subplots(1, 3 if toy else 1, figsize=(16 if toy else 6, 4), squeeze=False)
-    curve = axes[0, len(axes[0]) // 2]
-    columns = "step", f"{measure}_mean", f"{measure}_std"
-    step, mean, std = np.array([[row[column] for column in columns] for row in run.rows]).T
+    toy, level = run.task.domain == "toy", run.task.returns.mean()
+    figure = Figure(figsize=(16 if toy else 6, 4), layout="tight")
+    if toy:
+        measure = "return"
+        left, curve, right = figure.subplots(1, 3)
+        draw_toy(left, right, run)
+    else:
+        measure = "score"
+        curve = figure.subplots()
+        level = run.task.score(level)
+    step = [row["step"] for row in run.rows]
+    mean = np.array([row[f"{measure}_mean"] for row in run.rows])
+    std = np.array([row[f"{measure}_std"] for row in run.rows])
     curve.plot(step, mean)
     curve.fill_between(step, mean - std, mean + std, alpha=0.2)
     curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
     curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{run.args.env}, {run.args.seed}")
     curve.legend()
-    if toy:
-        draw_toy(axes[0, 0], axes[0, 2], run)
-    figure.tight_layout()
     figure.savefig(file, format="png")
-    plt.close(figure)
 
 
 def draw_toy(left, right, run: Run):
     """Figure 1: the reward beside the density of the data, and the learned Q of the first action."""
     x = np.linspace(-2, 2, 401)
+    position = run.data.next_state[:, 0].cpu()
     left.plot(x, ToyEnv.reward(x))
-    left.twinx().hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, color="tab:orange")
+    left.twinx().hist(position, 60, density=True, alpha=0.4, color="tab:orange")
     left.set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
     action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
+    state = torch.zeros_like(action).expand(-1, 2)
     with torch.no_grad():
-        q = run.agent.critics(torch.zeros_like(action).expand(-1, 2), action).cpu()  # (M, 201)
-    x, mean, std = action[:, 0].cpu(), q.mean(0), q.std(0, correction=0)
+        q = run.agent.critics(state, action).cpu()  # (M, 201)
+    x = action[:, 0].cpu()
+    mean, std = q.mean(0), q.std(0, correction=0)
     right.plot(x, mean, label="mean of the ensemble, ± deviation")
     right.fill_between(x, mean - std, mean + std, alpha=0.2)
     right.plot(x, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
@@ -1567,15 +1652,6 @@ def set_matmul_precision(args: Args):
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else on_cpu)
 
 
-def machine(device: str) -> dict:
-    """What config.json says of the machine."""
-    packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU ({torch.get_num_threads()} threads)"
-    return dict(device_name=name, versions=versions | dict(python=sys.version.split()[0]))
-
-
 # ==== 11. Trained policies, and the command line ======================================================================
 
 
@@ -1586,7 +1662,7 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
         args, about = saved["args"], saved["about"]
         args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
         agent = Agent(about["state_dim"], about["action_dim"], args, device)
-        for part in ("policy", "critics_target"):
+        for part in ACTING:
             getattr(agent, part).load_state_dict(saved["agent"][part])
         low, high = np.array([saved["low"], saved["high"]])  # of one shape
         actor = Actor(agent, saved["layout"], low, high)
@@ -1597,13 +1673,17 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
 def evaluate_only(args: Args) -> int:
     """--eval-only: the score of a saved policy in the environment that its file names."""
     path = policy_file(args)
-    actor, saved = load_policy(path, args.device, args.eval_candidates), load_file(path)
+    actor = load_policy(path, args.device, args.eval_candidates)
+    saved = load_file(path)
     row = ROWS.get(args.env)
     if args.env != "toy":
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
-        spec = row.env if row and row.env else gym.envs.registration.EnvSpec.from_json(saved["spec"])
         ref_min, ref_max = map(float, saved["refs"])
+        if row and row.env:
+            spec = row.env
+        else:
+            spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
         task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, (ref_min, ref_max))
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
@@ -1612,26 +1692,9 @@ def evaluate_only(args: Args) -> int:
 
 
 # Settings that a resumed or evaluated run may change, as they do not change what it learns or learned.
-FREE = {"num_steps", "device", "compile", "precision", "run_dir", "resume", "checkpoint", "eval_only", "dataset"}
-FREE |= {"eval_env", "eval_every", "eval_episodes", "eval_candidates"}
-LEAST = dict(
-    seed=0,
-    num_steps=1,
-    batch_size=1,
-    hidden=1,
-    discount=0,
-    num_critics=1,
-    lcb_coef=0,
-    target_rate=0,
-    eta=0,
-    entropy_coef=0,
-    ema_rate=0,
-    ema_every=1,
-    ema_start=0,
-    eval_every=1,
-    eval_episodes=1,
-    eval_candidates=1,
-)
+FREE = set("num_steps device compile precision dataset eval_env eval_every eval_episodes eval_candidates".split())
+FREE |= set("run_dir resume checkpoint eval_only".split())
+ZERO_TOO = "seed", "ema_start"  # counts that may be 0
 POSITIVE = "lr", "critic_lr", "grad_norm"
 AT_MOST_ONE = "discount", "target_rate", "ema_rate"
 
@@ -1658,11 +1721,10 @@ def saved_settings(given: Args) -> Args | None:
         raise UserError(f"there is no checkpoint {path}: check --run-dir, or give --env to start")
     saved = load_file(path)
     args = dataclasses.replace(saved["args"], run_dir=given.run_dir, resume=False)
-    if not saved["dataset_id"].endswith((".hdf5", ".h5")):
+    if not saved["dataset_id"].endswith(HDF5):
         args.dataset = saved["dataset_id"]  # with the version that it had
-    here = preset(args.env)
-    if args.device.startswith("cuda") and here.device == "cpu":
-        args.device, args.compile, args.precision = here.device, here.compile, here.precision
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        args.device, args.compile, args.precision = "cpu", False, "float32"
     return args
 
 
@@ -1671,34 +1733,44 @@ def parse(argv: list[str]) -> Args:
 
     Raises UserError where they make no sense, or would change what a run has learned.
     """
-    given = read_words([word for word in argv if word not in ("-h", "--help")], Args(env=""))
+    words = [word for word in argv if word not in ("-h", "--help")]
+    given = read_words(words, Args(env=""))
     default = saved_settings(given) if given.resume or given.eval_only else None
-    args = read_words(argv, default or preset(given.env or given.dataset or "toy", given.variant))
-    free = (FREE | {"seed"} if given.eval_only else FREE) if default else vars(args)
-    for name, value in dataclasses.asdict(args).items():
-        flag = "--" + name.replace("_", "-")
-        if name not in free and value != getattr(default, name):
-            raise UserError(f"the run was made with {flag} {getattr(default, name)}, not {value}: give the same")
-        if name in LEAST and not LEAST[name] <= value < math.inf:
-            raise UserError(f"{flag} is {value} but must be at least {LEAST[name]}")
-        if name in POSITIVE and not 0 < value < math.inf:
-            raise UserError(f"{flag} is {value} but must be more than 0")
-        if name in AT_MOST_ONE and value > 1:
-            raise UserError(f"{flag} is {value} but must be at most 1")
-    steps = 3 if args.variant == "released" else 2  # the entropy term of `released` uses the times 1, 2, T
-    if args.num_diffusion_steps < steps:
-        raise UserError(f"--num-diffusion-steps is {args.num_diffusion_steps} but must be at least {steps} here")
+    name = given.env or given.dataset or "toy"
+    args = read_words(argv, default or preset(name, given.variant))
+
+    def require(good: bool, name: str, words: str):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)} but must be {words}")
+
+    T, steps = args.num_diffusion_steps, 2
+    if args.variant == "released":
+        steps = 3  # its entropy term has the times 1, 2 and T
+    require(T >= steps, "num_diffusion_steps", f"at least {steps} here")
+    require(args.q_time is None or args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
+    require(args.seed < 2**63, "seed", "less than 2**63")
+    free = FREE | {"seed"} if given.eval_only else FREE
+    for name, value in vars(args).items():
+        if default and name not in free and value != getattr(default, name):
+            problem = f"the run was made with --{name.replace('_', '-')} {getattr(default, name)}"
+            raise UserError(f"{problem}, not {value}: give the same")
+        if isinstance(value, int | float):
+            least = 1 if type(value) is int and name not in ZERO_TOO else 0
+            require(least <= value < math.inf, name, f"at least {least}")
+        if name in POSITIVE:
+            require(value > 0, name, "more than 0")
+        if name in AT_MOST_ONE:
+            require(value <= 1, name, "at most 1")
     if args.variant == "debruijn" and args.loss == "likelihood":
         problem = "--loss likelihood does not go with --variant debruijn"
         raise UserError(f"{problem}, which needs E[eps | x_t]: give --loss noise or --loss posterior")
-    if args.q_time is not None and not 1 <= args.q_time <= args.num_diffusion_steps:
-        raise UserError(f"--q-time is {args.q_time} but must be a diffusion time, 1 to {args.num_diffusion_steps}")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed is {args.seed} but must be less than 2**63")
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     count = torch.cuda.device_count()
-    if args.device not in ("cpu", *["cuda"] * (count > 0), *(f"cuda:{n}" for n in range(count))):
+    devices = {"cpu"} | {f"cuda:{n}" for n in range(count)}
+    if count:
+        devices.add("cuda")
+    if args.device not in devices:
         there = f"PyTorch sees {count} CUDA devices"
         raise UserError(f"--device {args.device} is not there: {there}; give --device cpu, cuda or cuda:N")
     if args.precision == "tf32" and args.device == "cpu":

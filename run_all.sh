@@ -1,58 +1,49 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2317
+#
 # Every run that the paper reports, one command a run, and the report on them (needs bash 4.4):
 #
-#   bash run_all.sh [--jobs J] [full|quick]    all runs, J at a time (1), then the report; quick is a small version
-#   bash run_all.sh list [full|quick]          the commands, one a line
-#   bash run_all.sh task N [full|quick]        line N of them, for schedulers
-#   bash run_all.sh report [full|quick]        the report alone
+#   bash run_all.sh [--jobs J] [SIZE]    all runs, J at a time (1), then the report
+#   bash run_all.sh list [SIZE]          the commands, one a line
+#   bash run_all.sh task N [SIZE]        line N of them, for schedulers
+#   bash run_all.sh report [SIZE]        the report alone
 #
-# A finished run is left alone, one that was cut off goes on, one that fails does not stop the rest. Ctrl-C, or SIGTERM,
-# lets the runs save their checkpoints. PYTHON is the interpreter (python), RUNS the runs' folder (runs; quick's are in
-# RUNS/quick), ERDP_DATA a folder of stand-in data for quick; relative paths start at this file's folder.
+# SIZE: full; quick, a small version; toy-sweep, Figure 1's policies at four shares of good steps. A finished run is left
+# alone, one that was cut off goes on, one that fails or is killed does not stop the rest. Ctrl-C or SIGTERM lets the
+# runs save their checkpoints, a second Ctrl-C ends them at once. PYTHON is the interpreter (python), RUNS the runs'
+# folder (runs; quick's are in RUNS/quick), ERDP_DATA a folder of stand-in data for quick; relative paths start here.
 set -u
 
-die() { # MESSAGE: bad input
-    echo "run_all.sh: $1" >&2
-    exit 2
-}
+declare -A arms=(
+    [paper]="" [released]="--variant released" [debruijn]="--variant debruijn"
+    [bc]="--eta 0 --entropy-coef 0 --eval-candidates 1 --num-critics 1" # behaviour cloning
+    [q]="--num-critics 1 --entropy-coef 0" [entropy]="--num-critics 1" [ensemble]="--entropy-coef 0"
+    [M1]="--num-critics 1" [M4]="--num-critics 4" [M16]="--num-critics 16"
+    [M1-nobackup]="--num-critics 1 --no-max-q-backup --eval-candidates 1"
+    [M1-nobackup-alpha0]="--num-critics 1 --no-max-q-backup --eval-candidates 1 --entropy-coef 0"
+    [clipped-double-q]="--pessimism min --num-critics 2 --entropy-coef 0"
+)
+prefix=()
 
-say() { printf '%(%F %T)T %s\n' -1 "$*"; }
-
-# ---- the runs --------------------------------------------------------------------------------------------------------
-
-names=() commands=() prefix=() # of each line: its name in the runs' folder, and its command, quoted for a shell
-
-add() { # NAME WORD...
+line() { # NAME WORD...: a line of the list, the name and its command, quoted for a shell
     local words
-    printf -v words '%q ' "${@:2}"
-    names+=("$1") commands+=("${words% }")
+    printf -v words ' %q' "${@:2}"
+    printf '%s\t%s\n' "$1" "${words:1}"
 }
 
-run() { # ENV ARM SEED [SETTING...]: erdp.py
-    local name=$1__$2__$3
-    add "$name" "${prefix[@]}" "$python" erdp.py --env "$1" --seed "$3" "${@:4}" --run-dir "$runs/$name"
+run() { # ENV ARM SEED [SETTING...]; for ENV toy-5 the toy with that share
+    local name=$1__$2__$3 settings
+    read -ra settings <<<"${arms[$2]}"
+    line "$name" "${prefix[@]}" "$python" erdp.py --env "${1/#toy-*/toy}" --seed "$3" "${@:4}" "${settings[@]}" \
+        --run-dir "$runs/$name" --resume
 }
-
-bc=(--eta 0 --entropy-coef 0 --eval-candidates 1 --num-critics 1) # behaviour cloning
-plain=(--num-critics 1 --no-max-q-backup --eval-candidates 1)     # one critic, no best of several in training or acting
 
 toy_and_studies() {
-    local seed study
-    for seed in {0..4}; do # Figure 1
-        run toy paper "$seed"
-        run toy bc "$seed" "${bc[@]}"
-        run toy q "$seed" --num-critics 1 --entropy-coef 0
-        run toy entropy "$seed" --num-critics 1
-        run toy ensemble "$seed" --entropy-coef 0
-        run toy released "$seed" --variant released
-    done
-    for study in figure2 entropy likelihood; do
-        add "$study" "$python" "results/$study.py"
-    done
+    for seed in {0..4}; do for arm in paper bc q entropy ensemble released; do run toy "$arm" "$seed"; done; done
+    for study in figure2 entropy likelihood; do line "$study" "$python" "results/$study.py"; done
 }
 
 full() {
-    local seed env M
     toy_and_studies
     for seed in {0..4}; do # Tables 1 and 2
         for env in {halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2 pen-{human,cloned}-v1 \
@@ -60,145 +51,103 @@ full() {
             run "$env" paper "$seed"
         done
     done
-    for seed in {0..4}; do
+    for seed in {0..4}; do # Tables 3 and 5, Figures 3 and 5 (M = 64 is Table 2's run); Figure 4
         for env in antmaze-{medium,large}-{play,diverse}-v0; do
-            for M in 1 4 16; do # Tables 3 and 5, Figures 3 (left) and 5; M = 64 is Table 2's run
-                run "$env" "M$M" "$seed" --num-critics "$M"
-            done
-            run "$env" M1-nobackup "$seed" "${plain[@]}" # Figure 3 (right)
-            run "$env" M1-nobackup-alpha0 "$seed" "${plain[@]}" --entropy-coef 0
-            run "$env" diffusion-ql "$seed" --pessimism min --num-critics 2 --entropy-coef 0 # Figure 4
+            for arm in M1 M4 M16 M1-nobackup M1-nobackup-alpha0 clipped-double-q; do run "$env" "$arm" "$seed"; done
         done
     done
 }
 
 quick() {
     toy_and_studies
-    if [[ -z ${ERDP_DATA:-} ]]; then
+    local data=${ERDP_DATA:-} small=(--num-steps 3000 --eval-every 1500 --eval-episodes 10)
+    if [[ -z $data ]]; then
         echo "run_all.sh: quick leaves out its runs on stand-in data, as ERDP_DATA is not set" >&2
         return
     fi
-    prefix=(env "MINARI_DATASETS_PATH=$ERDP_DATA/minari")
-    recorded hopper-medium-expert-v2 "$ERDP_DATA/standin/d4rl/hopper-medium-expert-v2.hdf5" --loss noise --clip-denoised
-    recorded antmaze-umaze-v0 standin/antmaze/umaze-v0
-    recorded pen-human-v1 standin/pen/human-v0
+    prefix=(env "MINARI_DATASETS_PATH=$data/minari")
+    for arm in bc M4; do
+        run hopper-medium-expert-v2 "$arm" 0 --dataset "$data/standin/d4rl/hopper-medium-expert-v2.hdf5" \
+            --loss noise --clip-denoised "${small[@]}"
+        run antmaze-umaze-v0 "$arm" 0 --dataset standin/antmaze/umaze-v0 "${small[@]}"
+        run pen-human-v1 "$arm" 0 --dataset standin/pen/human-v0 "${small[@]}"
+    done
 }
 
-recorded() { # ENV DATASET [SETTING...]: short runs on data that stands in for a row's own
-    local small=(--num-steps 3000 --eval-every 1500 --eval-episodes 10)
-    run "$1" bc 0 --dataset "${@:2}" "${small[@]}" "${bc[@]}"
-    run "$1" paper 0 --dataset "${@:2}" "${small[@]}" --num-critics 4
+toy_sweep() {
+    for seed in {0..9}; do
+        for share in 20 10 5 2; do
+            for arm in bc q ensemble paper debruijn; do run "toy-$share" "$arm" "$seed" --dataset "toy-$share"; done
+        done
+    done
 }
 
-# ---- running them ----------------------------------------------------------------------------------------------------
-
+say() { printf '%(%F %T)T %s\n' -1 "$*"; }
+die() { echo "run_all.sh: $1" >&2 && exit 2; }
 finished() { [[ -e $runs/$1/result.json || -e $runs/$1.done ]]; } # NAME; a study leaves a stamp
 
-run_line() { # I: line I unless it is finished, with its output in a log file
-    local name=${names[$1]} command=${commands[$1]} how=started status=0
-    local folder=$runs/$name log=$runs/$name.log
-    if finished "$name"; then
-        say "$name is finished already"
-        return 0
-    fi
-    { mkdir -p "$runs" && exec 9>>"$log"; } || return 1
-    flock -n 9 2>/dev/null # kept by whatever has the log open; its status is 1 only where another process has the lock
-    if (($? == 1)); then
-        say "$name is being run by another process"
-        return 1
-    fi
-    if [[ -e $folder/checkpoint.pt ]]; then
-        how=resumed command+=" --resume"
-    elif [[ -d $folder ]]; then # cut off before its first checkpoint: what that leaves is removed, and nothing else
-        rm -f "$folder"/{config.json,events.out.tfevents.*,.part-*}
-        rmdir "$folder" || return 1
-    fi
-    say "$name $how"
-    echo "\$ $command" >&9
-    trap : INT       # Ctrl-C is the command's business
-    trap '' TERM HUP # also in the command: a scheduler sends them to every process, and `stop` turns them into Ctrl-C
-    eval "$command" >&9 2>&1 </dev/null || status=$?
+run_line() { # LINE: with its output in a log file. Always succeeds, as xargs would end if it did not
+    local name=${1%%$'\t'*} command=${1#*$'\t'} status=0
+    [[ ! -e $stop_file ]] || return 0
+    finished "$name" && say "$name is finished already" && return
+    say "$name starts"
+    echo "\$ $command" >>"$runs/$name.log"
+    eval "$command" >>"$runs/$name.log" 2>&1 </dev/null || status=$?
     case $status in
-        0) say "$name finished$(sed -n 's/^final \(score [^;]*\);.*/: \1/p' "$log" | tail -n 1)" ;;
-        130) say "$name stopped" ;;
-        *) say "$name failed with status $status: see $log" ;;
+        0) say "$name is finished" && { [[ -d $runs/$name ]] || : >"$runs/$name.done"; } ;;
+        130 | 143) say "$name stopped" ;;
+        *) say "$name failed with status $status: see $runs/$name.log" ;;
     esac
-    [[ $status != 0 || -d $folder ]] || : >"$runs/$name.done"
-    return "$status"
 }
 
-stop() { # [SIGNAL]: ends the running lines, by what Ctrl-C sends
-    local group
-    stopped=yes
-    for group in $(jobs -rp); do
-        kill "-${1:-INT}" -- "-$group"
+stop() { # [SIGNAL]: until all have ended, as a run that is still starting hears it later
+    : >"$stop_file"
+    while [[ -n $group ]] && kill -0 "$group" 2>/dev/null; do
+        kill "-${1:-TERM}" -- "-$group"
+        sleep 0.2
     done
 }
 
-run_lines() { # I...: $jobs lines at a time. Returns the status of the only one or, of several, any
-    local i running=0 status=0
-    stopped=""
+run_lines() { # LINE...: $jobs at a time
+    local line status=0 group=""
+    export runs stop_file="$runs/.stop-$$"
+    export -f say finished run_line
+    mkdir -p "$runs" || exit 1
     trap stop TERM HUP
-    trap 'stop ${stopped:+KILL}' INT # a second Ctrl-C ends them at once
-    for i; do
-        set -m # job control: a background job is a process group of its own and does not ignore SIGINT
-        run_line "$i" &
-        set +m
-        if ((++running >= jobs)); then
-            wait -n
-            status=$?
-        fi
-        [[ -z $stopped ]] || break
-    done
+    trap 'stop "$([[ ! -e $stop_file ]] || echo KILL)"' INT
+    set -m # job control: the background job is a process group of its own
+    (trap "" INT TERM HUP && printf '%s\0' "$@" | xargs -0 -n 1 -P "$jobs" bash -c "run_line \"\$0\"") &
+    group=$!
     until wait; do :; done # a signal interrupts `wait`
-    [[ -z $stopped ]] || exit 130
+    [[ ! -e $stop_file ]] || { rm "$stop_file" && exit 130; }
     trap - INT TERM HUP
-    return "$status"
-}
-
-report() { # of the runs, and of the records that come with the project
-    local folder folders=()
-    for folder in "$runs" results/runs; do
-        [[ ! -d $folder ]] || folders+=("$folder")
-    done
-    "$python" results/report.py "${folders[@]}"
-}
-
-all() {
-    local name status=0
-    run_lines "${!names[@]}"
-    report || status=1
-    for name in "${names[@]}"; do
+    for line; do
+        name=${line%%$'\t'*}
         finished "$name" || { status=1 && say "$name is not finished: see $runs/$name.log"; }
     done
     return "$status"
 }
 
-task() { run_lines $((line - 1)); }
-
-list() { printf '%s\n' "${commands[@]}"; }
-
-# ---- the command line ------------------------------------------------------------------------------------------------
-
 [[ $0 != */* ]] || CDPATH="" cd -- "${0%/*}" || exit 1
-jobs=1 action=all line=1
-if [[ ${1:-} == --jobs ]]; then
-    jobs=${2:-} && shift $(($# > 1 ? 2 : 1))
-fi
-case ${1:-} in
-    list | report) action=$1 && shift ;;
-    task) action=task line=${2:-} && shift $(($# > 1 ? 2 : 1)) ;;
-esac
-size=${1:-full} number='^[1-9][0-9]{0,5}$'
-[[ $# -le 1 && $size =~ ^(full|quick)$ ]] || die "'$*' is not understood: the first lines of this file have the usage"
+jobs=1 action=all number='^[1-9][0-9]{0,5}$'
+[[ ${1:-} != --jobs ]] || { jobs=${2:-} && shift 2; }
+[[ ${1:-} != task ]] || { action=task n=${2:-} && shift 2; }
+[[ ! ${1:-} =~ ^(list|report)$ ]] || { action=$1 && shift; }
+size=${1:-full}
+[[ $# -le 1 && $size =~ ^(full|quick|toy-sweep)$ ]] || die "'$*' is not understood: this file begins with the usage"
 [[ $jobs =~ $number ]] || die "--jobs '$jobs' must be a number from 1 on"
 python=${PYTHON:-python} runs=${RUNS:-runs}
-[[ $size == full ]] || runs+=/quick
-"$size"
-[[ $line =~ $number && $line -le ${#names[@]} ]] || die "task '$line' must be a number from 1 to ${#names[@]}"
-if [[ $action != list ]]; then
-    command -v "$python" >/dev/null || die "'$python' is not there: set PYTHON to a Python interpreter"
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+[[ $size != quick ]] || runs+=/quick
+mapfile -t lines < <("${size//-/_}")
+[[ $action != list ]] || { printf '%s\n' "${lines[@]#*$'\t'}" && exit; }
+command -v "$python" >/dev/null || die "'$python' is not there: set PYTHON to a Python interpreter"
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+if [[ $action == task ]]; then
+    [[ $n =~ $number && $n -le ${#lines[@]} ]] || die "task '$n' must be a number from 1 to ${#lines[@]}"
+    lines=("${lines[n - 1]}")
 fi
-"$action"
+status=0
+[[ $action == report ]] || run_lines "${lines[@]}" || status=1
+[[ $action == task ]] || "$python" results/report.py "$runs" || status=1
+exit "$status"

@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -41,16 +42,19 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Dict, Discrete
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import erdp
 from erdp import Agent, Args, Batch, MeanRevertingSDE, Noise, NoiseNetwork, QEnsemble, UserError
@@ -1098,6 +1102,228 @@ def test_eq15_gradients_flow_into_the_policy_alone(variant):
     assert eps_hat.grad.ne(0).all()
 
 
+# ==== In place of Eq. 14: the entropy by de Bruijn's identity =========================================================
+STANDARD = 0.5 * math.log(2 * math.pi * math.e)  # entropy of a standard Gaussian
+GRIDS = st.integers(2, 200), st.sampled_from(SCHEDULES)
+
+
+def last_used(bar) -> int:
+    """The last t at which -1/2 log var_t is 0.01 or more, or 1, from theta_bar (T+1,)."""
+    return max([1, *(t for t in range(1, len(bar)) if -0.5 * math.log(-math.expm1(-2 * bar[t])) >= 0.01)])
+
+
+@pytest.mark.parametrize("schedule, last", [("cosine", 2), ("linear", 2), ("vp", 2), ("constant", 1)])
+def test_debruijn_sum_of_five_steps_ends_early(schedule, last):
+    found = sde64(5, schedule).last_time
+    assert type(found) is int and found == last
+
+
+@given(*GRIDS)
+@example(2, "constant")  # x_1 is Gaussian already
+def test_debruijn_weights_follow_their_rule_and_add_up_to_theta_bar(T, schedule):
+    (prime, bar), weights = literal_theta(schedule, T), erdp.entropy_weights(sde64(T, schedule))
+    last, var = last_used(bar), 1 - np.exp(-2 * bar[1:])
+    expected = [prime[t] / var[t - 1] if t <= last else 0.0 for t in range(1, T + 1)]
+    agree("w_t = theta'_t / var_t, and 0 after the last time", weights, expected, rtol=1e-8)
+    agree("the sum of w_t var_t", (weights.numpy() * var).sum(), bar[last])
+
+
+@given(*GRIDS, st.floats(-1, 1))
+def test_debruijn_sum_ends_where_x_t_is_gaussian_to_within_a_hundredth_nat(T, schedule, action):
+    """Of one action in [-1, 1]: KL of x_t from the standard Gaussian, and what its entropy lacks, by SciPy."""
+    (prime, bar), last = literal_theta(schedule, T), sde64(T, schedule).last_time
+
+    def lacks(t, action):
+        law = norm(math.exp(-bar[t]) * action, math.sqrt(-math.expm1(-2 * bar[t])))
+        kl = 0.5 * math.log(2 * math.pi) + 0.5 * (law.var() + law.mean() ** 2) - law.entropy()
+        return kl, STANDARD - law.entropy()
+
+    for t in range(last + 1, T + 1):
+        assert max(lacks(t, action)) < 0.01, "x_t after the last time"
+    assert last == 1 or min(lacks(last, 1.0)) >= 0.01 - 1e-12, "at the last time an action on the bounds is still seen"
+    left_out = prime[last + 1 :] * (1 / -np.expm1(-2 * bar[last + 1 :]) - 1)
+    assert left_out.sum() <= 0.03, "as E||E(eps | x_t)||^2 lies between var_t and 1 a dimension"
+
+
+# De Bruijn's identity: the estimate
+def literal_estimate(schedule, T, t, eps_hat) -> list:
+    """H-hat of each row (B,), term by term."""
+    (prime, bar), rows = literal_theta(schedule, T), []
+    for t_b, eps in zip(t, eps_hat):
+        var = 1 - math.exp(-2 * bar[t_b])
+        weight = prime[t_b] / var if t_b <= last_used(bar) else 0.0
+        rows.append(sum(STANDARD - T * weight * (e**2 - var) for e in eps))
+    return rows
+
+
+@given(*GRIDS, st.integers(1, 3), st.integers(0, 999))
+def test_debruijn_estimate_is_its_formula_at_one_time_a_row_and_the_grids_sum_on_average(T, schedule, A, seed):
+    (prime, bar), sde = literal_theta(schedule, T), sde64(T, schedule)
+    t, eps_hat = torch.randperm(T, generator=torch.Generator().manual_seed(seed)) + 1, gaussian(T, A, seed=seed)
+    rows = erdp.entropy_estimate(sde, eps_hat, t)
+    agree("H-hat", rows, literal_estimate(schedule, T, t.tolist(), eps_hat.tolist()), rtol=1e-9, atol=1e-8)
+    total = A * STANDARD
+    for t_b, eps in zip(t.tolist(), eps_hat):
+        if t_b <= last_used(bar):
+            total -= prime[t_b] * (float(eps.square().sum()) / (1 - math.exp(-2 * bar[t_b])) - A)
+    agree("the mean over t", rows.mean(), total, rtol=1e-9, atol=1e-9)
+    single = erdp.entropy_estimate(MeanRevertingSDE(T, schedule), eps_hat.float(), t)
+    assert single.dtype == torch.float32
+    agree("in float32", single.double(), rows, rtol=1e-4, atol=1e-4)
+
+
+def integral(function) -> float:
+    return scipy.integrate.quad(function, -8, 8, points=[-1, 0, 1], limit=400, epsabs=1e-10)[0]
+
+
+def mixture_density(x, bar) -> float:
+    """Of the mixture after Eq. 4 with theta_bar = bar."""
+    spread = np.sqrt(math.exp(-2 * bar) * WIDTHS**2 - math.expm1(-2 * bar))
+    return (WEIGHTS * norm.pdf(x, math.exp(-bar) * MEANS, spread)).sum()
+
+
+def of_mixture(T, weights=WEIGHTS, means=MEANS, widths=WIDTHS, schedule="cosine", data=None) -> float:
+    """H-hat on the grid with the exact noise of a mixture, by Gauss-Hermite quadrature over x_t of `data`, else it."""
+    weights, means, widths = (np.asarray(part, float) for part in (weights, means, widths))
+    share, at, width = data or (weights, means, widths)
+    bar, total = literal_theta(schedule, T)[1], 0.0
+    predictor = analytic_predictor(bar, weights, means, widths)
+    node, weight = np.polynomial.hermite_e.hermegauss(80)
+    for t in range(1, T + 1):
+        spread = np.sqrt(math.exp(-2 * bar[t]) * width**2 - math.expm1(-2 * bar[t]))
+        x = torch.tensor(math.exp(-bar[t]) * at[:, None] + spread[:, None] * node).reshape(-1, 1)
+        times = torch.full((len(x),), t)
+        rows = erdp.entropy_estimate(sde64(T, schedule), predictor(x, times, None), times)
+        total += rows.numpy() @ (share[:, None] * weight / weight.sum()).ravel()
+    return total / T
+
+
+@pytest.mark.parametrize("T", [2, 5, 20])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_debruijn_estimate_of_a_mixture_is_the_grids_sum_of_fisher_informations(T, schedule):
+    (prime, bar), expected = literal_theta(schedule, T), STANDARD
+    for t in range(1, last_used(bar) + 1):
+        fisher = integral(lambda x: mixture_density(x, bar[t]) * mixture_score(x, bar[t]) ** 2)  # noqa: B023
+        expected -= prime[t] * (fisher - 1)
+    agree("H-hat with the exact noise", of_mixture(T, schedule=schedule), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "vp"])  # "constant" has a long first step at any such T
+def test_debruijn_estimate_of_a_mixture_approaches_its_entropy_at_first_order(schedule):
+    """Up to what x_t at the last time used lacks of a Gaussian's entropy."""
+    errors = []
+    for T in (100, 200, 400):
+        bar = literal_theta(schedule, T)[1]
+        ends = 0.0, bar[last_used(bar)]
+        start, end = (integral(lambda x: scipy.special.entr(mixture_density(x, s))) for s in ends)  # noqa: B023
+        errors.append(of_mixture(T, schedule=schedule) - (start + STANDARD - end))
+    assert 0 < errors[-1] < 0.15, f"errors {errors}"
+    agree("half the step, half the error", np.divide(errors[:2], errors[1:]), (2.0, 2.0), rtol=0.1)
+
+
+def test_debruijn_estimate_ranks_widths_and_modes_moving_apart_at_five_steps():
+    gaussians = [of_mixture(5, [1.0], [0.0], [width]) for width in (0.1, 0.3, 0.5, 1.0)]
+    modes = [of_mixture(5, [0.5, 0.5], [-mode, mode], [0.1, 0.1]) for mode in (0.1, 0.2, 0.3, 0.5, 0.8)]
+    assert np.diff(gaussians).min() > 0.005 and np.diff(modes).min() > 0.005, (gaussians, modes)
+    agree("deviation 1: the truth", gaussians[-1], STANDARD)
+    agree("as results/entropy.md has them", gaussians[:2] + modes[1:4], [0.886, 0.982, 0.937, 0.992, 1.120], atol=1e-3)
+
+
+@pytest.mark.parametrize("p, q", [((0.0, 0.3), (0.0, 0.5)), ((0.1, 0.4), (-0.3, 0.25)), ((0.0, 0.3), (0.4, 0.3))])
+def test_debruijn_estimate_of_a_policy_away_from_the_data_is_twice_h_less_the_cross_entropy(p, q):
+    """Of the data's and the policy's Gaussian (mean, deviation), with CE(p, q) = -E_p log q by quadrature."""
+
+    def twice_h_less_ce(bar):
+        data, policy = (norm(math.exp(-bar) * m, math.sqrt(math.exp(-2 * bar) * (w**2 - 1) + 1)) for m, w in (p, q))
+        return 2 * policy.entropy() + data.expect(policy.logpdf)
+
+    errors, data = [], (np.ones(1), np.array([p[0]]), np.array([p[1]]))
+    for T in (200, 400):
+        end = STANDARD - twice_h_less_ce(literal_theta("cosine", T)[1][sde64(T).last_time])
+        errors.append(of_mixture(T, [1.0], [q[0]], [q[1]], data=data) - twice_h_less_ce(0.0) - end)
+    assert abs(errors[1]) < 0.08, "the grid's error"
+    agree("without the grid's error, which is of first order", 2 * errors[1] - errors[0], 0.0, atol=2e-3)
+    assert abs(twice_h_less_ce(0.0) - norm(*q).entropy()) > 0.1, "which is not H(q)"
+
+
+# De Bruijn's identity: the policy loss
+@settings(max_examples=50)
+@given(
+    st.fixed_dictionaries(
+        dict(
+            loss=st.sampled_from(["noise", "posterior"]),
+            pessimism=st.sampled_from(["lcb", "min"]),
+            num_diffusion_steps=st.integers(2, 30),
+            schedule=st.sampled_from(SCHEDULES),
+            entropy_coef=st.floats(1e-3, 2),
+            eta=st.floats(0, 3),
+            B=st.integers(1, 3),
+            seed=st.integers(0, 999),
+        )
+    )
+)
+def test_debruijn_policy_loss_equals_a_literal_one(choices):
+    """L_diff - lambda Q - alpha H-hat / A, from the literal Eq. 15 without an entropy term."""
+    p = problem(variant="debruijn", **choices)
+    eps_hat, found = p.eps_hat.clone().requires_grad_(), p.loss()
+    without = dataclasses.replace(p.args, variant="paper", entropy_coef=0.0)
+    expected, _ = literal_policy_loss(without, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
+    rows = literal_estimate(p.args.schedule, p.args.num_diffusion_steps, p.noise.t.tolist(), eps_hat)
+    expected["entropy"] = sum(rows) / len(rows)
+    expected["policy_loss"] -= p.args.entropy_coef * expected["entropy"] / eps_hat.shape[1]
+    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
+    for name, reference in expected.items():
+        agree(name, found[name], reference, rtol=1e-8, atol=1e-8)
+    size = 1e-9 * (1 + float(slope.abs().max()))
+    agree("gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
+
+
+@pytest.mark.parametrize("T, schedule", [(5, "cosine"), (5, "linear"), (8, "vp"), (2, "constant")])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_debruijn_minimiser_without_q_divides_the_exact_noise(T, schedule, alpha):
+    """By 1 + alpha T w_t, in each of A = 2 dimensions: where the loss at one x_t, over three actions, has no slope."""
+    (prime, bar), sde = literal_theta(schedule, T), sde64(T, schedule)
+    eps = torch.tensor([[-0.4, 1.0], [0.3, -0.7], [1.0, 0.6]], dtype=torch.float64)
+    x_t, ones = torch.tensor([[0.5, -0.2]]).double().expand(3, 2), torch.ones(1, 3).double()
+    args = Args(variant="debruijn", entropy_coef=alpha, eta=0.0, num_diffusion_steps=T, schedule=schedule)
+
+    def slope(t, prediction):
+        guess = torch.full((1, 2), prediction, dtype=torch.float64).requires_grad_()
+        batch = Batch(eps, sde.predict_x0(x_t, t, eps), ones[0], eps, ones[0])
+        noise = Noise(None, torch.full((3,), t), eps, eps, None)
+        found = erdp.policy_loss(lambda *_: guess.expand(3, 2), lambda *_, **__: ones, sde, batch, noise, ones, args)
+        return torch.autograd.grad(found["policy_loss"], guess)[0]
+
+    for t in range(1, T + 1):
+        at_0, at_1 = slope(t, 0.0), slope(t, 1.0)  # of a parabola
+        assert (at_1 > at_0).all(), "a minimum: a smaller predicted noise is a larger entropy"
+        weight = prime[t] / (1 - math.exp(-2 * bar[t])) if t <= last_used(bar) else 0.0
+        expected = eps.mean(0, keepdim=True) / (1 + alpha * T * weight)
+        agree(f"the minimiser at t = {t}", at_0 / (at_0 - at_1), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("more", [["--loss", "likelihood"], ["--env", "hopper-medium-v2"]], ids=" ".join)
+def test_debruijn_with_the_likelihood_loss_is_refused(more):
+    with pytest.raises(UserError, match="^--loss likelihood .* --variant debruijn.*: give --loss noise or --loss post"):
+        erdp.parse(["--variant", "debruijn", *more])
+    assert erdp.parse(["--variant", "debruijn", *more, "--loss", "posterior"]).loss == "posterior"
+
+
+def test_debruijn_has_its_own_alpha_by_default():
+    assert erdp.DEBRUIJN_ALPHA == 0.03
+    for env in ("toy", "antmaze-umaze-v0"):
+        found = [erdp.parse(["--env", env, "--variant", v]).entropy_coef for v in ("paper", "released", "debruijn")]
+        assert found == [0.01, 0.01, 0.03]
+    assert erdp.parse(["--variant=debruijn", "--entropy-coef", "0.01"]).entropy_coef == 0.01
+
+
+@pytest.mark.parametrize("q_time", ["0", "-1", "6"])
+def test_q_time_must_be_a_diffusion_time(q_time):
+    with pytest.raises(UserError, match=f"^--q-time is {q_time} but must be a diffusion time, 1 to 5$"):
+        erdp.parse(["--q-time", q_time])
+    assert [erdp.parse(["--q-time", word]).q_time for word in ("1", "5", "None")] == [1, 5, None]
+
+
 # ==== Eq. 16: Q-learning ==============================================================================================
 def tiny_critics(S=3, A=2, M=3, seed=0, hidden=4):
     """Members with weights large enough to differ."""
@@ -1722,6 +1948,15 @@ def test_data_minari_takes_the_newest_installed_version_else_the_newest_on_the_s
             erdp.open_minari(name)
 
 
+def test_data_in_a_folder_that_may_not_be_written_is_read_without_a_lock(monkeypatch, tmp_path, capsys):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(erdp, "open", refuse, raising=False)
+    with erdp.lock(tmp_path / ".erdp-lock", "waiting"):
+        assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
 MAZE = [[1, 1, 1, 1], [1, "r", 0, 1], [1, "g", 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
 
 
@@ -2286,10 +2521,10 @@ def test_runs_do_not_save_a_nan_of_the_last_update_or_at_ctrl_c(tmp_path, monkey
 
 
 def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    figures, close = [], plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: figures.append(figure) or close(figure))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *to, **kw: figures.append(figure) or save(figure, *to, **kw))
     assert erdp.main([*RUN.split(), "--run-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     reward, curve, q, density = figures[0].axes
@@ -3056,6 +3291,15 @@ def changed_at(whole, place, value):
     return kept if value is None and not rest else kept | {first: changed_at(whole[first], rest, value)}
 
 
+def test_bad_types_of_saved_settings_are_refused_where_they_are_loaded(finished, tmp_path):
+    whole = checkpoint(finished, "policy.pt")
+    for name in whole["args"]:
+        for value in (torch.zeros(3), {}, [1, 2]):
+            torch.save(changed_at(whole, ("args", name), value), tmp_path / "policy.pt")
+            with pytest.raises(UserError, match=f"its {name} is "):
+                erdp.load_file(tmp_path / "policy.pt")
+
+
 def test_bad_files_of_another_version_are_called_that(refused, copied):
     for name, argv in (("checkpoint.pt", "--resume"), ("policy.pt", "--eval-only")):
         whole = torch.load(copied / name, weights_only=True)
@@ -3160,6 +3404,178 @@ def test_runs_of_a_real_process_end_with_their_workers_and_go_on(number, status,
         assert erdp.main([*argv, "--run-dir", str(folder), "--num-steps", str(step + 3), *resume]) == 0
     for key in ("agent", "generator", "totals"):
         assert_same(f"stopped at update {step}: {key}", checkpoint(ours)[key], checkpoint(theirs)[key])
+
+
+# ==== What a CUDA graph of `update` needs, without a GPU ==============================================================
+IN_PLACE = {
+    "paper": dict(),
+    "released": dict(variant="released", loss="likelihood", clip_denoised=False),
+    "antmaze": dict(max_q_backup=True, loss="posterior", entropy_coef=0.5),
+    "min": dict(pessimism="min"),
+    "one critic": dict(num_critics=1),
+    "bf16": dict(precision="bf16"),
+}
+
+
+class NoHostOperations(TorchDispatchMode):
+    """Refuses what waits for the device on CUDA: a value that Python reads, a shape that depends on values."""
+
+    REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
+    REFUSED |= {"bincount", "pin_memory"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert name not in self.REFUSED, f"{function} waits for the device"
+        if name.startswith("index"):
+            masks = [x for x in args[1] if x is not None and x.dtype == torch.bool] if isinstance(args[1], list) else []
+            assert not masks, f"{function} with a mask waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class NoHostCopies(TorchFunctionMode):
+    """Refuses what copies a tensor to the host: on the CPU such a copy does nothing, so no dispatch mode sees it."""
+
+    REFUSED = {"cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "cuda"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        assert name not in self.REFUSED, f"{name} copies to the host"
+        to_device = name == "to" and any(isinstance(x, str) for x in (*args[1:], *kwargs.values()))
+        assert not to_device, "`to` names a device"
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def no_host_synchronisation():
+    with NoHostOperations(), NoHostCopies():
+        yield
+
+
+class NoRandomNumbers(TorchDispatchMode):
+    """Refuses every operation that draws."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        drawn = torch.Tag.nondeterministic_seeded in function.tags
+        assert not drawn, f"{function} draws inside the update"
+        return function(*args, **(kwargs or {}))
+
+
+def prepared(**choices):
+    """(a function that makes one update in place, agent, noise, data, latest metrics), as `erdp.train` sets them up."""
+    torch.manual_seed(0)
+    args = dataclasses.replace(Args(batch_size=8, num_critics=3), **choices)
+    agent = Agent(3, 2, args)
+    data = Batch(torch.randn(50, 3), torch.rand(50, 2) * 2 - 1, torch.randn(50), torch.randn(50, 3), torch.zeros(50))
+    noise, latest = erdp.noise_buffers(args, 2, "cpu"), torch.zeros(len(erdp.METRICS))
+    erdp.sample_noise(noise, 50, torch.Generator().manual_seed(0))
+
+    def learn():
+        measured = erdp.update(agent, Batch(*(column[noise.rows] for column in data)), noise)
+        latest.copy_(torch.stack([measured[name] for name in erdp.METRICS]))
+
+    return learn, agent, noise, data, latest
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_update_never_waits_for_the_device(name):
+    learn, *_ = prepared(**IN_PLACE[name])
+    learn()  # what is initialised on first use runs outside the graph too
+    with no_host_synchronisation():
+        learn()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.nonzero(),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device="cpu"),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: torch.zeros(3)[x.sum().long()],
+        lambda x: x.tolist(),
+    ],
+)
+def test_the_refusal_sees_what_waits(wait):
+    with pytest.raises(AssertionError), no_host_synchronisation():
+        wait(torch.ones(4))
+
+
+def addresses(agent, noise, data, latest) -> dict:
+    """data_ptr of every tensor that a replay reads or writes, by name."""
+    found = {f"noise {k}": x.data_ptr() for k, x in enumerate(noise)}
+    found |= {f"data {k}": x.data_ptr() for k, x in enumerate(data)}
+    found |= {"latest": latest.data_ptr(), "updates": agent.updates.data_ptr()}
+    for part in ("policy", "critics", "policy_ema", "critics_target"):
+        module = getattr(agent, part)
+        named = itertools.chain(module.named_parameters(), module.named_buffers())
+        found |= {f"{part} {name}": tensor.data_ptr() for name, tensor in named}
+    for part in ("policy_optimizer", "critic_optimizer"):
+        for k, state in enumerate(getattr(agent, part).state.values()):
+            found |= {f"{part} {k} {name}": tensor.data_ptr() for name, tensor in state.items()}
+    for name, value in vars(agent.sde).items():
+        if isinstance(value, torch.Tensor):
+            found[f"sde {name}"] = value.data_ptr()
+    return found
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_update_works_in_place_at_static_addresses(name):
+    learn, *tensors = prepared(**IN_PLACE[name])
+    learn()
+    agent, noise, data, latest = tensors
+    before, values = addresses(*tensors), [p.detach().clone() for p in agent.critics.parameters()]
+    for seed in range(3):
+        erdp.sample_noise(noise, 50, torch.Generator().manual_seed(seed))
+        learn()
+    assert addresses(*tensors) == before
+    assert any("exp_avg" in key for key in before) and any("sde" in key for key in before)
+    assert not all(torch.equal(p, old) for p, old in zip(agent.critics.parameters(), values)), "something was learnt"
+    assert agent.updates == 4
+
+
+def test_loading_a_checkpoint_leaves_the_networks_where_they_are():
+    _, agent, noise, data, latest = prepared()
+    other = prepared(entropy_coef=0.5)[1]
+    before = addresses(agent, noise, data, latest)
+    agent.load_state_dict(other.state_dict())
+    after = addresses(agent, noise, data, latest)
+    assert all(after[key] == where for key, where in before.items())
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_update_draws_nothing(name):
+    learn, *_ = prepared(**IN_PLACE[name])
+    state = torch.get_rng_state()
+    with NoRandomNumbers():
+        learn()
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(AssertionError), NoRandomNumbers():
+        torch.randn(3)
+
+
+@pytest.mark.parametrize("rows, inner, columns", [(256, 256, 256), (8, 39, 256), (2560, 55, 256), (3, 5, 2)])
+@pytest.mark.parametrize("members", [None, 1, 64])
+def test_float32_products_stay_float32_whatever_library_makes_them(rows, inner, columns, members):
+    """bfloat16 factors would be wrong by 2**-9 an element, TF32 ones by 2**-12."""
+    before = torch.get_float32_matmul_precision()
+    erdp.set_matmul_precision(Args())
+    try:
+        generator, lead = torch.Generator().manual_seed(0), () if members is None else (members,)
+        a = torch.randn(*lead, rows, inner, generator=generator, requires_grad=True)
+        b = torch.randn(*lead, inner, columns, generator=generator, requires_grad=True)
+        out = a @ b
+        out.backward(torch.ones_like(out))
+        exact, ones = a.detach().double() @ b.detach().double(), torch.ones_like(out, dtype=torch.float64)
+        pairs = (out, exact), (a.grad, ones @ b.detach().double().mT), (b.grad, a.detach().double().mT @ ones)
+        for ours, theirs in pairs:
+            scale = float(theirs.square().mean().sqrt())
+            assert (ours - theirs).abs().max() < 2**-14 * scale, "the products have float32's precision"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ==== Compiled and captured updates, and CUDA =========================================================================

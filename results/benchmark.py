@@ -3,20 +3,24 @@
     python results/benchmark.py                                # updates a second for M = 1, 4, 16 and 64
     python results/benchmark.py --env antmaze-medium-play-v0   # with that row's settings: max Q-backup
     python results/benchmark.py --growth                       # cost against M, batch size, T and the data's size
-    python results/benchmark.py --out results/benchmark-cpu.md
+    python results/benchmark.py --released CHECKOUT            # ... and the authors' released code, cloned there
+    python results/benchmark.py --out results/benchmark-cpu.md # also writes the page
 
 Ways of running the same update are timed in turn, slice by slice, in one process, so that a change of the machine's
 speed meets them all; a figure is the median over slices. The ways:
 
-    plain      eager, with the ensemble written the obvious way: input expanded to (M, B, S + A), a product and a bias a
+    released   the authors' agent, with the same settings, batch and data (--released)
+    plain      eager, with the ensemble written the obvious way: input expanded to (M, N, S + A), a product and a bias a
                layer, gradients to Q's weights in the policy's step too, PyTorch's default Adam
     eager      erdp.update as it is
     compiled   --compile: with torch.compile
-    captured   as one CUDA graph (CUDA only; there `compiled` is captured too, as in the program)
+    captured   as one CUDA graph (CUDA only; there the next two are captured too, as in the program)
+    bf16       --compile --precision bf16
 
-Beside them stands the bound: the matrix products of one update alone, into memory that is there already. The data is
-random and of AntMaze's sizes unless --dataset is given. The last lines are `BENCH M=<M> <updates a second>`, of the
-fastest way.
+The first two multiply matrices as PyTorch does by itself, the others as `erdp.set_matmul_precision` has it. Beside them
+stands the bound: the matrix products of one update alone, into memory that is there already. The data is random and of
+AntMaze's sizes unless --dataset is given. The last lines are `BENCH M=<M> <updates a second>`, of the fastest way in
+float32.
 """
 
 import argparse
@@ -32,62 +36,107 @@ from pathlib import Path
 import gymnasium as gym
 import torch
 import torch.nn.functional as F
-from figure2 import table
+from pages import table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import erdp  # noqa: E402
+import erdp
 
 STATE_DIM, ACTION_DIM, ROWS = 31, 8, 100_000  # AntMaze's sizes
-WAYS = {"cpu": ("plain", "eager", "compiled"), "cuda": ("plain", "eager", "captured", "compiled")}
+WAYS = {"cpu": ("plain", "eager", "compiled", "bf16"), "cuda": ("plain", "eager", "captured", "compiled", "bf16")}
 
 
 class PlainEnsemble(erdp.QEnsemble):
     """The same functions as QEnsemble's, without its care for speed. `frozen` is ignored."""
 
     def forward(self, state, action, frozen=False):
-        h = torch.cat([state, action], -1).expand(len(self.weights[0]), -1, -1)  # (M, B, S + A)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        h = torch.cat([state, action], -1).flatten(0, -2).expand(len(self.weights[0]), -1, -1)  # (M, N, S + A)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             h = F.mish(h @ weight + bias)
-        return (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)
+        q = (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)  # (M, N)
+        return q.unflatten(-1, action.shape[:-1])
 
 
 def learner(args: erdp.Args, way: str, data: erdp.Batch):
-    """(a function that makes one update on fresh noise, its agent), set up as `erdp.train` does."""
-    args = dataclasses.replace(args, compile=way == "compiled")
+    """(a function that makes one update on fresh noise, its agent), set up as in a run."""
+    args = dataclasses.replace(args, compile=way in ("compiled", "bf16"))
+    args.precision = "bf16" if way == "bf16" else args.precision
     torch.manual_seed(args.seed)
     agent = erdp.Agent(data.state.shape[1], data.action.shape[1], args, args.device)
     if way == "plain":
         agent.critics.__class__ = agent.critics_target.__class__ = PlainEnsemble
         agent.policy_optimizer = torch.optim.Adam(agent.policy.parameters(), args.lr)
-        agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), erdp.CRITIC_LR)
+        agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.critic_lr)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    noise = erdp.empty_noise(args, data.action.shape[1], args.device)
+    noise = erdp.noise_buffers(args, data.action.shape[1], args.device)
 
     def learn():
         erdp.update(agent, erdp.Batch(*(column[noise.rows] for column in data)), noise)
 
-    if args.device != "cpu" and way in ("captured", "compiled"):
+    if args.device != "cpu" and way in ("captured", "compiled", "bf16"):
         learn = erdp.Captured(learn)
 
     def step():
-        erdp.draw(noise, len(data.reward), generator)
+        erdp.sample_noise(noise, len(data.reward), generator)
         learn()
 
     return step, agent
 
 
+def released(checkout: Path, args: erdp.Args, data: erdp.Batch):
+    """A function that makes one update of the authors' released agent."""
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    from agents import eql_diffusion
+    from utils.data_sampler import Data_Sampler
+
+    eql_diffusion.tqdm = iter  # no progress bar a call
+    columns = dict(observations=data.state, actions=data.action, next_observations=data.next_state)
+    columns |= dict(rewards=data.reward, terminals=data.terminal)
+    sampler = Data_Sampler({name: column.cpu().numpy() for name, column in columns.items()}, args.device)
+    sizes = dict(state_dim=data.state.shape[1], action_dim=data.action.shape[1], num_critics=args.num_critics)
+    agent = eql_diffusion.Diffusion_EQL(
+        **sizes,
+        max_action=1.0,
+        device=args.device,
+        discount=args.discount,
+        tau=args.target_rate,
+        max_q_backup=args.max_q_backup,
+        eta=args.eta,
+        schedule=args.schedule,
+        n_timesteps=args.num_diffusion_steps,
+        lr=args.lr,
+        grad_norm=args.grad_norm,
+        ent_coef=args.entropy_coef,
+        lcb_coef=args.lcb_coef,
+        loss_type="NML" if args.loss == "noise" else "MLL",
+        action_clip=args.clip_denoised,
+    )
+    return lambda: agent.train(sampler, 1, batch_size=args.batch_size)
+
+
+def by_default(step, args: erdp.Args):
+    """`step` with PyTorch's own choice of precision and library for products of matrices."""
+
+    def run():
+        torch.set_float32_matmul_precision("highest")
+        step()
+        erdp.set_matmul_precision(args)
+
+    return run
+
+
 def products(args: erdp.Args, state_dim: int, action_dim: int):
-    """A function that makes the matrix products of one update alone, and their number of operations."""
-    M, B, H, C = args.num_critics, args.batch_size, erdp.HIDDEN, erdp.BACKUP_CANDIDATES if args.max_q_backup else 1
-    calls, operations = [], 0
+    """A function that makes the matrix products of one update alone, their operations, and the bytes that they move."""
+    M, B, H, C = args.num_critics, args.batch_size, args.hidden, erdp.BACKUP_CANDIDATES if args.max_q_backup else 1
+    calls, operations, moved = [], 0, 0
 
     def add(times, batch, rows, inner, columns):
-        nonlocal operations
+        nonlocal operations, moved
         shape = (batch,) if batch else ()
         sizes = (*shape, rows, inner), (*shape, inner, columns), (*shape, rows, columns)
         a, b, out = (torch.randn(size, device=args.device) for size in sizes)
         calls.extend([(torch.bmm if batch else torch.mm, a, b, out)] * times)
         operations += 2 * times * max(batch, 1) * rows * inner * columns
+        moved += times * sum(x.nbytes for x in (a, b, out))
 
     fan_in = state_dim + action_dim
     for rows in (B, C * B, B):  # forward: Q, its target, and Q in the policy's step
@@ -106,7 +155,7 @@ def products(args: erdp.Args, state_dim: int, action_dim: int):
         for product, a, b, out in calls:
             product(a, b, out=out)
 
-    return step, operations
+    return step, operations, moved
 
 
 def synchronize(device: str):
@@ -144,23 +193,29 @@ def peak_memory(device: str) -> str:
     return f"{peak / 1e9:.2f} GB"
 
 
-def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float) -> tuple[str, list[str]]:
+def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float, checkout: Path | None):
     """The table of all ways by M, and the BENCH lines."""
     ways, lines, bench = WAYS[torch.device(args.device).type], [], []
+    ways = ("released", *ways) if checkout else ways
     for M in sizes:
         args = dataclasses.replace(args, num_critics=M)
         torch.compiler.reset()  # or a second size would be compiled for any size
-        multiply, operations = products(args, data.state.shape[1], data.action.shape[1])
-        steps = {way: learner(args, way, data)[0] for way in ways}
+        multiply, operations, _ = products(args, data.state.shape[1], data.action.shape[1])
+        steps = {way: learner(args, way, data)[0] for way in ways if way != "released"}
+        steps["plain"] = by_default(steps["plain"], args)
+        if checkout:
+            steps = {"released": by_default(released(checkout, args, data), args)} | steps
         rate = rates(steps | {"products": multiply}, args.device, seconds)
-        best = max(rate[way] for way in ways)
-        line = [M, *(f"{rate[way]:.4g}" for way in ways), f"{1e3 / best:.3g}", f"{best / rate['plain']:.2f}"]
+        best = max(rate[way] for way in ways if way != "bf16")
+        found = [f"{rate[way]:.4g} ({rate[way] / rate[ways[0]]:.2f})" for way in ways]
+        line = [M, *found, f"{1e3 / best:.3g}"]
         speed = f"{rate['products']:.4g} ({operations * rate['products'] / 1e9:.0f})"
         lines.append([*line, speed, f"{best / rate['products']:.0%}", peak_memory(args.device)])
         bench.append(f"BENCH M={M} {best:.4g}")
         print(bench[-1], file=sys.stderr)
     bound = "float32 products alone (GFLOP/s)", "their share"
-    return table(["M", *ways, "ms (fastest)", "fastest / plain", *bound, "peak memory"], lines), bench
+    heads = [f"{way} (times {ways[0]})" for way in ways]
+    return table(["M", *heads, "ms (fastest in float32)", *bound, "peak memory"], lines), bench
 
 
 def growth(args: erdp.Args, data: erdp.Batch, seconds: float) -> str:
@@ -191,7 +246,7 @@ def evaluation_speed(args: erdp.Args, seconds: float) -> str:
         env.close()
     low, high = env.action_space.low, env.action_space.high
     task = erdp.Task("antmaze", None, "", env.spec, env.observation_space, low, high, 0.0, 1.0)
-    actor = erdp.Agent(task.state_dim, len(low), args, args.device).actor(low, high)
+    actor = erdp.Actor(erdp.Agent(task.state_dim, len(low), args, args.device), None, low, high)
     steps = 0
 
     def counting(state, streams):
@@ -229,6 +284,7 @@ def main():
     parser.add_argument("--dataset", help="a data set in place of random data, as erdp.py takes it")
     parser.add_argument("--critics", type=int, nargs="+", default=[1, 4, 16, 64], metavar="M", help="ensemble sizes")
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), help="as erdp.py takes it")
+    parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a clone of the authors' code")
     parser.add_argument("--seconds", type=float, default=15.0, help="of timing a line")
     parser.add_argument("--growth", action="store_true", help="how cost grows, in place of the comparison")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
@@ -236,9 +292,11 @@ def main():
     options = parser.parse_args()
     if min(options.critics) < 1 or not options.seconds > 0:
         parser.error("--critics must be at least 1 and --seconds more than 0")
+    if options.released and not (options.released / "agents" / "eql_diffusion.py").exists():
+        parser.error(f"--released {options.released} is no clone of the authors' code")
     args = dataclasses.replace(erdp.preset(options.env), dataset=options.dataset, eval_episodes=100)
     args.precision = options.precision or args.precision
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    erdp.set_matmul_precision(args)
     try:
         data = erdp.load_data(erdp.open_task(args), args) if args.dataset else random_data(args)
     except erdp.UserError as error:
@@ -250,7 +308,7 @@ def main():
     if options.growth:
         text, bench = growth(args, data, options.seconds / 3), []
     else:
-        text, bench = compare(args, data, options.critics, options.seconds)
+        text, bench = compare(args, data, options.critics, options.seconds, options.released)
         acting = evaluation_speed(dataclasses.replace(args, num_critics=options.critics[-1]), 10)
         text = f"Updates a second:\n\n{text}\n\nEvaluation in AntMaze's umaze, untrained policy, {acting}."
     print("\n".join(["", head, text, "", *bench]))

@@ -5,11 +5,9 @@
     python results/entropy.py --toy                                 # small runs over alpha: entropy-toy.md
     python results/entropy.py --out FOLDER
 
-(a) The estimate, -log p of Eq. 14, as `erdp.policy_loss` computes it, beside the entropy that it stands for, where both
-the distribution and the noise E(eps | x_t) are known exactly. (b) Small policies trained by noise matching with that
-term and without Q: the spread of their samples. (c) The gradient of each term of Eq. 15 in the policy's weights. (d)
-The term by de Bruijn's identity: its estimate on finer grids, and over alpha, for the policies that minimise the loss
-without Q, beside the entropy of their samples.
+(a) The estimate, as `erdp.policy_loss` computes it, beside the entropy that it stands for, where both the distribution
+and its noise E(eps | x_t) are known exactly. (b) Small policies trained with the term and without Q. (c) The gradient
+of each term of Eq. 15. (d) The term by de Bruijn's identity: its estimate on finer grids, and what alpha does.
 """
 
 import argparse
@@ -17,7 +15,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -26,20 +23,10 @@ import numpy as np
 import scipy.special
 import scipy.stats
 import torch
+from known_noise import closed_form_deviation, gaussian, optimal, predictor, quantiles
+from pages import start, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-from figure2 import (  # noqa: E402
-    closed_form_deviation,
-    gaussian,
-    optimal,
-    predictor,
-    quantiles,
-    start,
-    table,
-)
-
-import erdp  # noqa: E402
+import erdp
 
 VARIANTS = "paper", "released", "debruijn"
 MODE_WIDTH = 0.1
@@ -67,7 +54,7 @@ def flat_critics(state, action, frozen: bool = False):
 
 
 def policy_terms(policy, sde, action, args, generator):
-    """`erdp.policy_loss` of actions (B, 1) with fresh noise, a state that is always 0 and no Q term."""
+    """`erdp.policy_loss` of actions (B, 1) with fresh noise, a state that is always 0 and no Q term: its dict."""
     t = torch.randint(1, sde.num_steps + 1, (len(action),), generator=generator)
     eps, a_T = torch.randn(2, *action.shape, generator=generator).to(action.dtype)
     zeros = torch.zeros_like(action)
@@ -91,7 +78,7 @@ def estimates(modes, width) -> list[float]:
 
     network = predictor(sde, modes, width)
     sample = optimal(network, sde, gaussian(6, ROWS, 1, seed=1))
-    terms = [policy_terms(network, sde, action, erdp.Args(variant=v), generator)[-1] for v in VARIANTS]
+    terms = [policy_terms(network, sde, action, erdp.Args(variant=v), generator)["entropy"] for v in VARIANTS]
     return [true_entropy(modes, width), scipy.stats.differential_entropy(sample[:, 0]), *map(float, terms)]
 
 
@@ -108,8 +95,8 @@ def trained(alpha: float, variant: str, seed: int):
     for _ in range(UPDATES):
         mode = torch.tensor(modes)[torch.randint(len(modes), (256,), generator=generator)]
         action = (mode + width * torch.randn(256, generator=generator))[:, None]
-        loss, *_ = policy_terms(policy, sde, action, args, generator)
-        erdp.descend(loss, policy, optimizer, grad_norm=4.0)
+        loss = policy_terms(policy, sde, action, args, generator)["policy_loss"]
+        erdp.optimizer_step(loss, policy, optimizer, grad_norm=4.0)
     return policy
 
 
@@ -123,109 +110,90 @@ def spread(policy, clip: bool, n: int = 20_000) -> tuple[float, float, float]:
 
 
 def expected_deviation(variant: str, alpha: float) -> str:
-    """What variant "paper" should make of TARGET, unclamped, as its -log p is all but eps_hat^2 / 2 and a constant.
+    """Of unclamped samples, from the noise that minimises the loss on TARGET where that is known in closed form.
 
-    Then the loss at x_t, E (eps_hat - eps)^2 - alpha eps_hat^2 / 2, is least at E(eps | x_t) / (1 - alpha / 2), and has
-    no minimum from alpha = 2 on. In A dimensions these are 1 - A alpha / 2 and 2 / A: L_diff is a mean over them and
-    log p a sum. Variant "debruijn" has a minimiser in closed form, `widened`.
+    Variant "paper": -log p is all but eps_hat^2 / 2 and a constant, and E (eps_hat - eps)^2 - alpha eps_hat^2 / 2 least
+    at E(eps | x_t) / (1 - alpha / 2), without a minimum from alpha = 2 on.
     """
     sde = erdp.MeanRevertingSDE(dtype=torch.float64)
     exact = predictor(sde, *TARGET)
-    if variant == "released":
-        return ""
-    if variant == "debruijn":
-        return f"{closed_form_deviation(optimal, sde, widened(sde, TARGET, alpha)):.3g}"
-    if alpha >= 2:
+    if variant == "paper" and alpha >= 2:
         return "no minimum"
-    return f"{closed_form_deviation(optimal, sde, lambda *x: exact(*x) / (1 - alpha / 2)):.3g}"
+    minimisers = dict(
+        none=exact,
+        paper=lambda *x: exact(*x) / (1 - alpha / 2),
+        debruijn=widened(sde, TARGET, alpha),
+    )
+    return f"{closed_form_deviation(optimal, sde, minimisers[variant]):.3g}" if variant in minimisers else ""
 
 
 # ---- (c) its share of the gradient -----------------------------------------------------------------------------------
 
-def gradient(loss, module):
-    """The gradient of `loss` in the weights of `module`, as one vector."""
-    return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(module.parameters()))])
-
-
-def terms_of_eq15(agent, batch, noise, q_data, args):
-    """The diffusion, Q and entropy term of one batch: values (3,), and gradients in the policy's weights (3, P).
+def gradients_of_eq15(agent, batch, noise, args):
+    """Of diffusion, Q and entropy term of one batch in the policy's weights, (3, P).
 
     A term is the difference that a setting makes to the loss: lambda, and the magnitude by which variant "released"
-    divides, are constants to the gradient. q_data (M, B) is the ensemble's Q of the batch.
+    divides, are constants to the gradient.
     """
-    losses, gradients = [], []
+    with torch.no_grad():
+        q_data = agent.critics(batch.state, batch.action)
+    sums = []
     for changes in (dict(eta=0.0, entropy_coef=0.0), dict(entropy_coef=0.0), {}):
         changed = dataclasses.replace(args, **changes)
-        loss, *_ = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, changed)
-        losses.append(loss.detach())
-        gradients.append(gradient(loss, agent.policy))
-    return tuple(torch.diff(torch.stack([x[0] * 0, *x]), dim=0) for x in (losses, gradients))
-
-
-def drawn(data, args, batches: int):
-    """That many batches of the data, each with its noise, whose buffers the next one fills; always the same ones."""
-    generator, noise = torch.Generator().manual_seed(0), erdp.empty_noise(args, data.action.shape[1], "cpu")
-    for _ in range(batches):
-        erdp.draw(noise, len(data.reward), generator)
-        yield erdp.Batch(*(column[noise.rows] for column in data)), noise
+        loss = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, changed)["policy_loss"]
+        gradients = torch.autograd.grad(loss, list(agent.policy.parameters()))
+        sums.append(torch.cat([gradient.ravel() for gradient in gradients]))
+    return torch.stack([sums[0], sums[1] - sums[0], sums[2] - sums[1]])
 
 
 def term_norms(agent, data, args, batches: int = BATCHES):
     """Mean norms of the gradients of diffusion, Q and entropy term, and mean cosine of the last with the first."""
-    result = []
-    for batch, noise in drawn(data, args, batches):
-        with torch.no_grad():
-            q_data = agent.critics(batch.state, batch.action)
-        _, gradients = terms_of_eq15(agent, batch, noise, q_data, args)
+    generator, result = torch.Generator().manual_seed(0), []
+    noise = erdp.noise_buffers(args, data.action.shape[1], "cpu")
+    for _ in range(batches):
+        erdp.sample_noise(noise, len(data.reward), generator)
+        gradients = gradients_of_eq15(agent, erdp.Batch(*(column[noise.rows] for column in data)), noise, args)
         cosine = torch.cosine_similarity(gradients[2], gradients[0], dim=0)
         result.append([*gradients.norm(dim=1).tolist(), float(cosine)])
     return np.mean(result, 0)
 
 
-@torch.no_grad()
-def weight(agent, data, args) -> float:
-    """lambda alpha, by which variant "paper" multiplies log p, from the data's first 4,096 rows."""
-    q = agent.critics(data.state[:4096], data.action[:4096])
-    value = erdp.pessimistic_value(q, args.pessimism, args.lcb_coef, args.variant)
-    return args.eta * args.entropy_coef / float(value.abs().mean())
-
-
 def fresh_agent():
-    """Untrained networks of AntMaze's sizes and settings, and made-up data: Gaussian states, uniform actions."""
+    """As `trained_agent`, untrained: AntMaze's sizes and settings, made-up data (Gaussian states, uniform actions)."""
     torch.manual_seed(0)
     args = dataclasses.replace(erdp.preset("antmaze-large-diverse-v0"), device="cpu", compile=False)
     state, next_state = torch.randn(2, 10_000, STATE_DIM)
     action, reward = 2 * torch.rand(10_000, ACTION_DIM) - 1, torch.zeros(10_000)
-    return erdp.Agent(STATE_DIM, ACTION_DIM, args), erdp.Batch(state, action, reward, next_state, reward)
-
-
-def load_agent(path: Path):
-    """The agent of a run's checkpoint.pt, on the CPU, and what else that file holds. Raises erdp.UserError."""
-    with erdp.refusing(f"{path} is not a whole checkpoint.pt of a run", "give that of another run"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        args, about = dataclasses.replace(erdp.Args(**saved["args"]), device="cpu", compile=False), saved["about"]
-        agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
-        agent.load_state_dict(saved["agent"])
-    return agent, saved
+    agent = erdp.Agent(STATE_DIM, ACTION_DIM, args)
+    return "untrained, made-up data", agent, erdp.Batch(state, action, reward, next_state, reward)
 
 
 def trained_agent(path: Path):
-    """The agent of a run's checkpoint.pt, that run's data, and what to call them. Raises erdp.UserError."""
-    agent, saved = load_agent(path)
-    args, data = agent.args, saved["about"]["dataset_id"]
-    name = f"{args.env} on {data}, alpha {args.entropy_coef:g}, {saved['step']} updates"
-    return agent, erdp.load_data(erdp.open_task(args), args), name
+    """What to call the agent of a run's checkpoint.pt, that agent on the CPU, and its data. Raises erdp.UserError."""
+    saved = erdp.load_file(path)
+    args, about = dataclasses.replace(saved["args"], device="cpu", compile=False, precision="float32"), saved["about"]
+    agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
+    with erdp.refusing(f"{path} is not a whole checkpoint.pt of a run", "give that of another run"):
+        agent.load_state_dict(saved["agent"])
+    name = f"{args.env} on {saved['dataset_id']}, alpha {args.entropy_coef:g}, {saved['step']} updates"
+    return name, agent, erdp.load_data(erdp.open_task(args), args)
 
 
-def gradients(name: str, agent, data):
+@torch.no_grad()
+def weight(agent, data, args) -> str:
+    """lambda alpha, by which variant "paper" multiplies log p, from the data's first 4,096 rows."""
+    value = erdp.pessimistic_value(agent.critics(data.state[:4096], data.action[:4096]), args)
+    return f"{args.eta * args.entropy_coef / value.abs().mean().item():.2g}" if args.variant == "paper" else ""
+
+
+def gradient_lines(name: str, agent, data):
     """The lines of (c)'s table for one agent: each variant with its default alpha."""
     for variant in VARIANTS:
-        alpha = erdp.DEBRUIJN_ALPHA if variant == "debruijn" else 0.01
+        alpha = erdp.preset("toy", variant).entropy_coef
         args = dataclasses.replace(agent.args, variant=variant, entropy_coef=alpha)
         *norms, cosine = term_norms(agent, data, args)
         shares = [f"{norm:.3g} ({norm / sum(norms):.2%})" for norm in norms]
-        factor = f"{weight(agent, data, args):.2g}" if variant == "paper" else ""
-        yield [name, len(agent.critics.biases[0]), f"{args.eta:g}", variant, factor, *shares, f"{cosine:.2f}"]
+        yield [name, args.num_critics, f"{args.eta:g}", variant, weight(agent, data, args), *shares, f"{cosine:.2f}"]
 
 
 # ---- (d) a term that measures entropy --------------------------------------------------------------------------------
@@ -293,14 +261,13 @@ class Widening(NamedTuple):
 
 
 def widening(target, all_times: bool) -> Widening:
-    sde = sde_of(all_times=all_times)
+    sde, spreads, best = sde_of(all_times=all_times), [], []
     networks = [widened(sde, target, alpha) for alpha in SHOWN]
-    clipped, free = ([sampled(network, sde, clip) for network in networks] for clip in (True, False))
-    best = []
     for clip in (True, False):
+        spreads.append([sampled(network, sde, clip) for network in networks])
         entropies = [sampled(widened(sde, target, alpha), sde, clip, ROWS // 5).entropy for alpha in SEARCHED]
         best.append(float(SEARCHED[np.argmax(entropies)]))
-    return Widening([h_hat(sde, network, target) for network in networks], clipped, free, best)
+    return Widening([h_hat(sde, network, target) for network in networks], *spreads, best)
 
 
 def own_samples(alpha: float) -> tuple[float, Spread]:
@@ -346,10 +313,9 @@ def toy_markdown(scores: np.ndarray) -> str:
     rows = []
     for i, alpha in enumerate(TOY_ALPHAS):
         line = [f"{alpha:g}"]
-        for way in range(2):
-            runs = ", ".join(f"{score:.1f}" for score in scores[i, :, way])
-            line += [f"{scores[i, :, way].mean():.1f}", runs]
-            line.append(f"{change[i, :, way].mean():+.1f} ± {error[i, way]:.1f}" if i else "")
+        for runs, step, e in zip(scores[i].T, change[i].mean(0), error[i]):
+            against = f"{step:+.1f} ± {e:.1f}" if i else ""
+            line += [f"{runs.mean():.1f}", ", ".join(f"{score:.1f}" for score in runs), against]
         rows.append(line)
     measures = "mean", "each seed", "against alpha 0"
     header = [f"{way}: {measure}" for way in ("best of 50", "plain samples") for measure in measures]
@@ -380,20 +346,20 @@ the gradients of entropy and diffusion term.
 
 def right_term(finer: dict, widenings: dict, own: dict) -> str:
     """(d): text and tables."""
-    sde, within = sde_of(), erdp.GAUSSIAN_WITHIN
+    sde, late = sde_of(), sde_of(all_times=True)
     bound = -0.5 * math.log(float(sde.transition(0, sde.last_time)[1]))
-    share = 1 - float(erdp.entropy_weights(sde).sum() / erdp.entropy_weights(sde_of(all_times=True)).sum())
+    share = 1 - float(erdp.entropy_weights(sde).sum() / erdp.entropy_weights(late).sum())
     growth = ", ".join(f"{float(sde.predict_x0(0.0, t, -1.0)):.3g}" for t in range(1, 6))
     grids = [[name, *(f"{value:.3f}" for value in values)] for name, values in finer.items()]
-    rows = []
-    for (target, times), w in widenings.items():
+    rows, best, by_own = [], [], []
+    for names, w in widenings.items():
+        best.append([*names, *(f"{alpha:.2g}" for alpha in w.best)])
         for alpha, estimate, *both in zip(SHOWN, w.h_hat, w.clipped, w.free, strict=True):
             cells = [(f"{s.entropy:.2f}", f"{s.deviation:.2f}", f"{s.on_bounds:.1%}") for s in both]
-            rows.append([target, times, f"{alpha:g}", f"{estimate:.2f}", *cells[0], *cells[1]])
-    best = [[*names, *(f"{alpha:.2g}" for alpha in w.best)] for names, w in widenings.items()]
-    used, *_ = TIMES
+            rows.append([*names, f"{alpha:g}", f"{estimate:.2f}", *cells[0], *cells[1]])
+    used = list(TIMES)[0]
     lowest = min(alpha for (_, times), w in widenings.items() if times == used for alpha in w.best)
-    of_data, by_own = widenings[next(iter(TARGETS)), used], []
+    of_data = widenings[list(TARGETS)[0], used]
     for alpha, (estimate, spread) in own.items():
         i = SHOWN.index(alpha)
         values = of_data.h_hat[i], *of_data.clipped[i][:2], estimate, *spread[:2]
@@ -425,10 +391,10 @@ The last line is the least that any actions have: E||E(eps given x_t)||^2 is at 
 
 **Late times are left out.** H(x_t) is at least that of x_t given x_0, A/2 log(2 pi e var_t), so that x_t is standard
 Gaussian to within -1/2 log var_t nats a dimension for any actions in [-1, 1]. The sum ends at the last t where this is
-still {within:g} or more, which is var_t <= {math.exp(-2 * within):.3f} (t = 1 is always used): for T = 5 at
-t = {sde.last_time}, with {bound:.2f} nats. The sum of w_t var_t over the times used is their theta_bar. The times left
-out would change H-hat by 0.03 nats a dimension at most, but they have {share:.0%} of the weight, and Eq. 8 multiplies
-an error of the noise by {growth} at t = 1..5.
+still {erdp.GAUSSIAN_WITHIN:g} or more (t = 1 is always used): for T = 5 at t = {sde.last_time}, with {bound:.2f} nats.
+The sum of w_t var_t over the times used is their theta_bar. The times left out would change H-hat by 0.03 nats a
+dimension at most, but have {share:.0%} of the weight, and Eq. 8 multiplies an error of the noise by {growth} at
+t = 1..5.
 
 Without Q the minimiser (Eq. 5) is the exact noise divided by 1 + alpha T w_t. {ROWS:,} samples of it, one dimension,
 T = 5, finished samples clamped to [-1, 1] as always; clipped: x0-hat is too, in each step (Table 4's action clip).
@@ -445,16 +411,14 @@ With late times left out the entropy of the samples rises up to alpha = {lowest:
 {erdp.DEBRUIJN_ALPHA:g}, is the largest of 0.01, 0.03, 0.1, 0.3, 1 up to that with which the toy is not behind alpha = 0
 by more than a standard error, neither acting by the best of 50 nor by plain samples ([entropy-toy.md](entropy-toy.md)).
 
-Not taken up: (1) The policy's own samples, noised, in place of data actions, which is one more pass of the network.
-Their H-hat is no nearer to the samples' entropy (at alpha = 0 it is even larger, where the samples are narrower than
-the data), and large alphas give less entropy. Gaussian, x0-hat clipped, both minimisers:
+Not taken up: (1) The policy's own samples, noised, in place of data actions: one more pass of the network. Their H-hat
+is no nearer to the samples' entropy, and large alphas give less entropy. Gaussian, x0-hat clipped, both minimisers:
 
 {table(["alpha", *(f"{where}: {m}" for where in ("data", "own") for m in ("H-hat", "entropy", "deviation"))], by_own)}
 
 (2) An alpha learnt as in SAC, towards a target for H-hat of at most A log 2, the entropy of uniform actions. At T = 5
 whatever the data has an H-hat of {least_h_hat(5):.2f} a dimension or more, above log 2 = {math.log(2):.2f}: at q = p
-alpha would go to 0. It falls below where the policy has left the data, by CE(p, q), and so would answer to a move of
-the policy and not to its narrowness.
+alpha would go to 0. H-hat is below that where the policy has left the data, by CE(p, q), whatever its width.
 """
 
 
@@ -500,11 +464,10 @@ to the largest value. The moved Gaussian has one entropy wherever it lies.
 A network of three hidden layers of 64, {UPDATES:,} updates on diffusion loss (Eq. 5) and entropy term alone, lambda = 1
 (alpha here is lambda alpha in Eq. 15). Data: one Gaussian of deviation {TARGET[1]}, whose entropy is
 {true_entropy(*TARGET):.3f}. T = 5 samples, x0-hat and sample clamped to [-1, 1] (Table 4's action clip) or neither;
-entropy -inf: samples heaped on single points. Mean ± deviation over {len(SEEDS)} seeds; the runs of a seed have the
-same data and noise. Change: against alpha = 0 with the same seed. Expected: deviation, not clamped, of the exact noise
-divided by 1 - alpha / 2, which minimises the loss of variant "paper" if -log p is eps_phi^2 / 2 and a constant (in A
-dimensions 1 - A alpha / 2, as the diffusion loss is a mean over them and log p a sum: it has no minimum from 2 / A on);
-for variant "debruijn" of that divided by 1 + alpha T w_t.
+entropy -inf: samples heaped on single points. Mean ± deviation over {len(SEEDS)} seeds, each with its own data and
+noise. Change: against alpha = 0 with the same seed. Expected: deviation, not clamped, of the exact noise divided by
+1 - alpha / 2, which minimises the loss of variant "paper" if -log p is eps_phi^2 / 2 and a constant (in A dimensions
+1 - A alpha / 2, as the diffusion loss is a mean over them and log p a sum); for variant "debruijn", by 1 + alpha T w_t.
 
 {table(["variant", "alpha", *header, "expected"], policies)}
 
@@ -524,7 +487,7 @@ def draw(estimated: dict, spreads: dict, widenings: dict, path: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, ((*measured, made), panels) = plt.subplots(2, 4, figsize=(20, 8.6))
+    figure, (measured, (made, *panels)) = plt.subplots(2, 3, figsize=(16, 8.6))
     measured[1].sharey(measured[0])
     for panel, column, variant in zip(measured, (2, 3, 4), VARIANTS, strict=True):
         labels = "Gaussians of growing deviation", "two modes moving apart", "one narrow Gaussian moving away from 0"
@@ -541,23 +504,16 @@ def draw(estimated: dict, spreads: dict, widenings: dict, path: Path):
     made.set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
     made.set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) what it makes")
     made.legend()
-    for column, target in enumerate(TARGETS):
-        entropies, bounds = panels[2 * column : 2 * column + 2]
+    for panel, target in zip(panels, TARGETS, strict=True):
         for times, colour in zip(TIMES, ("tab:blue", "tab:orange"), strict=True):
-            w = widenings[target, times]
-            for kind, line in (("clipped", "o-"), ("free", "o--")):
-                label = f"{times}, x0-hat {'clipped' if kind == 'clipped' else 'not clipped'}"
-                spread = getattr(w, kind)
-                entropies.plot(range(len(SHOWN)), [s.entropy for s in spread], line, color=colour, label=label)
-                bounds.plot(range(len(SHOWN)), [s.on_bounds for s in spread], line, color=colour, label=label)
-            entropies.plot(range(len(SHOWN)), w.h_hat, ":", color=colour, label=f"{times}: H-hat")
-        entropies.axhline(math.log(2), color="0.6", linewidth=1, label="log 2, uniform")
-        entropies.set(ylim=(-3.5, 2.5), ylabel="entropy of samples", title=f"(d) debruijn, {target}")
-        bounds.set(ylabel="share on the bounds", title=f"(d) debruijn, {target}")
-        for panel in (entropies, bounds):
-            panel.set_xticks(range(len(SHOWN)), [f"{alpha:g}" for alpha in SHOWN])
-            panel.set_xlabel("alpha")
-            panel.legend(fontsize=7, loc="lower left" if panel is entropies else "upper left")
+            w, x = widenings[target, times], range(len(SHOWN))
+            panel.plot(x, [s.entropy for s in w.clipped], "o-", color=colour, label=f"{times}, x0-hat clipped")
+            panel.plot(x, [s.entropy for s in w.free], "o--", color=colour, label=f"{times}, x0-hat not clipped")
+            panel.plot(x, w.h_hat, ":", color=colour, label=f"{times}: H-hat")
+        panel.axhline(math.log(2), color="0.6", linewidth=1, label="log 2, uniform")
+        panel.set_xticks(x, [f"{alpha:g}" for alpha in SHOWN])
+        panel.set(ylim=(-3.5, 2.5), xlabel="alpha", ylabel="entropy of samples", title=f"(d) debruijn, {target}")
+        panel.legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -578,22 +534,21 @@ def main():
     except erdp.UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if agents:
-        norms = [line for agent, data, name in agents for line in gradients(name, agent, data)]
+        norms = [line for agent in agents for line in gradient_lines(*agent)]
         command = " ".join(["python results/entropy.py --checkpoint", *map(str, args.checkpoint)])
         head = f"# The entropy term's share of the gradient of Eq. 15, in trained networks\n\n`{command}`\n\n"
         (folder / "entropy-trained.md").write_text(head + shares(norms))
         return
-    estimated = {name: estimates(*target) for name, target in (GAUSSIANS | MIXTURES | MOVED).items()}
+    targets = GAUSSIANS | MIXTURES | MOVED
+    estimated = {name: estimates(*target) for name, target in targets.items()}
     spreads = {}
     for variant, alpha in [("none", 0.0), *((variant, alpha) for variant in VARIANTS for alpha in ALPHAS)]:
         policies = [trained(alpha, variant, seed) for seed in SEEDS]
         spreads[variant, alpha] = np.array([spread(p, True) + spread(p, False) for p in policies])
-    norms = list(gradients("untrained, made-up data", *fresh_agent()))
-    finer = {}
+    norms, finer = list(gradient_lines(*fresh_agent())), {}
     for name in ("Gaussian, deviation 0.1", "Gaussian, deviation 0.3", "Gaussian, deviation 1", *list(MIXTURES)[3:6]):
-        target = (GAUSSIANS | MIXTURES)[name]
-        grids = [h_hat(sde, predictor(sde, *target), target) for sde in map(sde_of, FINER)]
-        finer[name] = [true_entropy(*target), *grids]
+        grids = [h_hat(sde, predictor(sde, *targets[name]), targets[name]) for sde in map(sde_of, FINER)]
+        finer[name] = [true_entropy(*targets[name]), *grids]
     finer["a single point"] = [-math.inf, *map(least_h_hat, FINER)]
     widenings = {(name, t): widening(target, late) for name, target in TARGETS.items() for t, late in TIMES.items()}
     own = {alpha: own_samples(alpha) for alpha in SHOWN if alpha not in (0.01, 0.2)}

@@ -13,53 +13,23 @@ with that noise, as Eq. 3 has it, and without. All of it in float64.
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
 import torch
+from known_noise import closed_form_deviation, deviation_of_x0_hat, gaussian, optimal, predictor, quantiles, reverse_sde
+from matplotlib import pyplot as plt
+from pages import save, start, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from erdp import SCHEDULES, MeanRevertingSDE, sample_actions  # noqa: E402
+from erdp import SCHEDULES, MeanRevertingSDE
 
 STEPS = 2, 3, 5, 10, 20, 30, 50, 100, 200
 ROWS = 10_000  # samples a distribution, sampler and T
 ONE, TWO = ([0.0], 0.3), ([-0.5, 0.5], 0.1)  # the targets of (b): equally likely modes, and the deviation of each
 BETWEEN = 0.3  # two deviations from the modes of TWO
 BOUNDS = 0.3, 0.2, 0.05, 0.02  # of the rms error in (a)
-
-
-def exact_noise(sde, x_t, t, modes, width):
-    """E(eps | x_t) where each entry of x_0 is a mixture of equally likely Gaussians of deviation `width` at `modes`.
-
-    It is -std_t times the score (Eq. 30) of the marginal, a mixture of Gaussians too. x_t (B, A), modes (..., K).
-    """
-    scale, var = sde.transition(0, t)  # Eq. 2
-    distance = x_t[..., None] - torch.as_tensor(scale)[..., None] * torch.as_tensor(modes, dtype=x_t.dtype)  # (B, A, K)
-    spread = torch.as_tensor(scale**2 * width**2 + var)[..., None]  # of x_t within a mode
-    share = (-0.5 * distance**2 / spread).softmax(-1)  # p(mode | x_t)
-    return var.sqrt() * (share * distance / spread).sum(-1)
-
-
-def reverse_sde(network, sde, noise, last: float = 1.0):
-    """Eq. 3 from x_T = noise[0] in T Euler-Maruyama steps; `last` scales the noise of the last one.
-
-    network(x_t (B, A), t (B,), state) predicts the noise. noise (T + 1, B, A): x_T, then the noise for t = T..1.
-    """
-    x_t, T = noise[0], sde.num_steps
-    for t in range(T, 0, -1):
-        times = torch.full((len(x_t),), t)
-        score = -network(x_t, times, None) / sde.transition(0, times)[1].sqrt()  # Eq. 30
-        x_t = sde.reverse_sde_step(x_t, t, score, noise[T - t + 1] * (last if t == 1 else 1.0))
-    return x_t
-
-
-def optimal(network, sde, noise):
-    """The sampler of the policy, with the arguments of `reverse_sde`; it has no use for noise[T]."""
-    return sample_actions(network, sde, None, noise[:-1], clip_denoised=False, clip_sample=False)
 
 
 def reconstruct(sampler, sde, x_0, seed: int = 0):
@@ -71,37 +41,6 @@ def reconstruct(sampler, sde, x_0, seed: int = 0):
     noise = gaussian(sde.num_steps + 1, *x_0.shape, seed=seed)
     noise[0] = sde.diffuse(x_0, sde.num_steps, noise[0])
     return sampler(network, sde, noise)
-
-
-def predictor(sde, modes, width):
-    return lambda x_t, t, state: exact_noise(sde, x_t, t, modes, width)
-
-
-def closed_form_deviation(sampler, sde, network):
-    """Deviation, without sampling, of one-dimensional samples whose network is linear in x_t: so are they in the noise.
-
-    For N(0, width^2) the exact noise is linear.
-    """
-    unit = torch.eye(sde.num_steps + 1, dtype=torch.float64)[..., None]  # row n is noise 1 at step n and 0 elsewhere
-    return float(sampler(network, sde, unit).square().sum().sqrt())
-
-
-def quantiles(modes, width, n: int = ROWS):
-    """n points (n,) that stand for the mixture: the quantiles of each mode."""
-    k = len(modes)
-    return np.concatenate([m + width * scipy.stats.norm.ppf((np.arange(n // k) + 0.5) / (n // k)) for m in modes])
-
-
-def deviation_of_x0_hat(sde, width, t: int = 1):
-    """Deviation of x0-hat = E(x_0 | x_t) (Eq. 8) at time t, where x_0 is N(0, width^2) and x_t of Eq. 4."""
-    scale, var = sde.transition(0, t)
-    one = torch.ones(1, 1, dtype=torch.float64)  # x0-hat is linear in x_t
-    gain = sde.predict_x0(one, t, exact_noise(sde, one, t, [0.0], width))
-    return float(gain * (scale**2 * width**2 + var).sqrt())
-
-
-def gaussian(*shape, seed: int = 0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 SAMPLERS = {
@@ -133,11 +72,6 @@ def measure(schedule: str, T: int, sampler) -> Measure:
     exact = closed_form_deviation(sampler, sde, predictor(sde, *ONE))
     width, between = np.abs(two).std(), (np.abs(two) < BETWEEN).mean()
     return Measure(float(error), exact, one.std(), next(distances), width, between, next(distances))
-
-
-def table(header, rows) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 def markdown(results: dict) -> str:
@@ -204,11 +138,6 @@ over both modes, pulls samples to where there is no data.
 
 
 def draw(cosine: dict, path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     figure, (known, one, two) = plt.subplots(1, 3, figsize=(15, 4.3))
     for name, colour in zip(SAMPLERS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
         error, exact, sd, *_, distance = zip(*(cosine[T][name] for T in STEPS), strict=True)
@@ -227,22 +156,7 @@ def draw(cosine: dict, path: Path):
         axes.set_xticks(STEPS, STEPS)
         axes.minorticks_off()
         axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of a study, with --out, whose folder is made; ends the program where that cannot be."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="the folder to write to")
-    args = parser.parse_args()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: --out {args.out} cannot be made a folder ({error.strerror})\n")
-    torch.set_num_threads(1)
-    return args
+    save(figure, path)
 
 
 def main():

@@ -13,15 +13,14 @@ takes the answer for the noise.
 import argparse
 import functools
 import math
-import sys
 from pathlib import Path
 
 import torch
-from figure2 import exact_noise, gaussian, start, table
+from known_noise import exact_noise, gaussian
+from matplotlib import pyplot as plt
+from pages import save, start, table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import erdp  # noqa: E402
+import erdp
 
 LOSSES = "noise", "posterior", "likelihood"
 STEPS = 3, 5, 10, 20, 50
@@ -37,7 +36,7 @@ def mean_action(state):
 
 
 def minimiser(sde, loss: str, x_t, t, state):
-    """The predictor at which `erdp.diffusion_loss` is least for the data above. x_t (B, 2), t (B,), state (B, 1).
+    """The predictor at which that loss is least for the data above. x_t (B, 2), t (B,), state (B, 1).
 
     Noise matching and `posterior`: E(eps | x_t, s). Likelihood: the Euler step of Eq. 3 is affine in the prediction,
     and the quotient below is the prediction that lets it hit the mean, over x_0 given x_t, of Eq. 40's x_{t-1}.
@@ -64,8 +63,8 @@ def trained(sde, loss: str, updates: int = UPDATES):
         x_0 = mean_action(state) + WIDTH * data
         t = torch.randint(1, sde.num_steps + 1, (256,), generator=generator)
         x_t = sde.diffuse(x_0, t, eps)
-        loss_value = erdp.diffusion_loss(sde, x_0, x_t, t, eps, network(x_t, t, state), loss)
-        erdp.descend(loss_value, network, optimizer, grad_norm=4.0)
+        loss_value = erdp.LOSSES[loss](sde, x_0, x_t, t, eps, network(x_t, t, state))
+        erdp.optimizer_step(loss_value, network, optimizer, grad_norm=4.0)
         schedule.step()
     return network
 
@@ -76,7 +75,7 @@ def measure(network, sde, clip: bool) -> tuple[float, float]:
 
     Finished samples are clamped to [-1, 1], as always when acting; `clip` clamps each x0-hat too.
     """
-    state = torch.linspace(-1, 1, STATES, dtype=sde.theta_bar.dtype)[:, None]
+    state = torch.linspace(-1, 1, STATES, dtype=sde.dtype)[:, None]
     noise = gaussian(sde.num_steps, STATES * SAMPLES, 2, seed=1).to(state.dtype)
     a = erdp.sample_actions(network, sde, state.repeat_interleave(SAMPLES, 0), noise, clip)
     a = a.view(STATES, SAMPLES, 2)
@@ -173,11 +172,6 @@ Where a sampler meets x_t far outside of those, a trained network need not be ne
 
 
 def draw(result: dict, path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.3))
     for i, panel in enumerate(axes):
         for loss, colour in zip(LOSSES, ("tab:blue", "tab:green", "tab:red"), strict=True):
@@ -197,9 +191,7 @@ def draw(result: dict, path: Path):
     axes[0].set(ylabel="rms error of a state's mean sample", title="Bias")
     axes[1].set(ylabel="deviation of a state's samples", title="Deviation")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)
 
 
 def main():

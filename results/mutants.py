@@ -1,36 +1,47 @@
 """Mutation testing of erdp.py: changes it in one place at a time and runs test_erdp.py against each copy.
 
-    python results/mutants.py --list                                  # what would be changed
-    python results/mutants.py --only lcb                              # the mutants of one function
-    python results/mutants.py --every 3 --out results/mutants.md      # each third, as a table
+    python results/mutants.py --list                # what would be changed
+    python results/mutants.py --only lcb            # the mutants of one function
+    python results/mutants.py --every 2 --publish   # each second one, and results/mutants.md
 
 The mutants come from the syntax tree: signs, products for quotients, constants, exchanged arguments, strict for weak
 comparisons, mean for sum, forgotten detach, clamp, square root, logarithm. A mutant is killed when the quick part of
 the suite fails, its own function's tests first; one that survives is then shown to its function's slow tests. The
-unchanged file must pass before anything is counted.
+unchanged file must pass before anything is counted. Outcomes are kept in runs/mutants.jsonl by the texts of mutant and
+tests: what is cut off goes on there.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
+import hashlib
 import importlib
+import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240  # seconds that a mutant may run: one that hangs is killed too
+from pages import RESULTS, ROOT, table
+
+KEPT = ROOT / "runs" / "mutants.jsonl"
 
 # What is mutated, by part, with the tests to run first (pytest's -k)
 PARTS = {
     "SDE": {
-        "SCHEDULES": "schedule",
-        "MeanRevertingSDE.__init__": "schedule or eq2 or sde or eq7",
-        "MeanRevertingSDE._at": "sde or eq2",
+        "cosine": "theta",
+        "SCHEDULES": "theta",
+        "MeanRevertingSDE.__init__": "theta or sde",
+        "MeanRevertingSDE.between": "sde or eq2 or eq7",
+        "MeanRevertingSDE.decay": "eq2",
+        "MeanRevertingSDE.var": "eq2",
         "MeanRevertingSDE.transition": "eq2",
         "MeanRevertingSDE.diffuse": "eq4",
         "MeanRevertingSDE.score": "eq28 or eq30",
@@ -49,62 +60,104 @@ PARTS = {
     },
     "sampler": {"sample_actions": "eq10"},
     "losses": {
-        "diffusion_loss": "eq5 or diffusion_loss or likelihood or posterior_loss",
+        "noise_loss": "eq5",
+        "likelihood_loss": "eq5 or likelihood_loss",
+        "posterior_loss": "eq5 or posterior_loss",
+        "policy_log_prob": "eq13 or log_prob",
+        "entropy_weights": "entropy or debruijn",
+        "entropy_estimate": "entropy or debruijn",
+        "policy_loss": "eq15 or eq12",
         "critic_loss": "eq16",
         "lcb": "eq17",
-        "pessimistic_value": "pessimistic or eq15",
-        "policy_log_prob": "log_prob_of_both",
-        "policy_loss": "eq15 or eq12",
+        "PESSIMISM": "eq17 or eq15",
+    },
+    "Algorithm 1": {
+        "Agent.__init__": "algorithm1",
+        "Agent.load_state_dict": "resume",
+        "update": "algorithm1",
+        "optimizer_step": "algorithm1",
+        "soft_update": "algorithm1",
+        "noise_buffers": "algorithm1",
+        "sample_noise": "algorithm1",
     },
     "loaders": {
+        "sparse_reward": "antmaze or reward",
+        "standardised": "reward",
+        "toy_data": "toy",
         "flatten": "data",
-        "evaluation_maze": "maze or mirrored",
+        "evaluation_maze": "maze",
         "load_minari": "data",
         "load_hdf5": "data or hdf5",
         "load_data": "data or bad",
     },
-    "loop": {
-        "Agent.__init__": "algorithm1",
-        "Agent.load_state_dict": "resume",
-        "update": "algorithm1",
-        "descend": "descend or algorithm1",
-        "move": "move or algorithm1",
-        "empty_noise": "noise_has or algorithm1",
-        "draw": "draws",
-        "Actor.__call__": "actor",
-        "evaluate": "evaluation",
-        "summary": "evaluation",
-    },
+    "acting": {"Actor.__call__": "actor", "evaluate": "evaluation", "summary": "evaluation"},
 }
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.MatMult: None}
+# Mutants that compute the same: function, line, text before and after -> why
+EQUIVALENT = {
+    ("lcb", "return q.mean(0) - beta * var.masked_fill(agree, 1).sqrt().masked_fill(agree, 0)", "1", "2"): (
+        "fills a place under a square root that is then set to 0"
+    ),
+    ("standardised", "return (reward - reward.mean()) / (reward.std() or 1)", "1", "2"): (
+        "where the deviation is 0, so is what it divides"
+    ),
+}
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 SWAPS |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 NAMES = {"mean": "sum", "sum": "mean", "amin": "amax", "amax": "amin", "var": "std", "std": "var", "sin": "cos"}
-NAMES |= {"cos": "sin", "theta_bar": "theta_prime", "theta_prime": "theta_bar", "_var": "_std", "_std": "_var"}
+NAMES |= {"cos": "sin", "theta_bar": "num_steps", "fmax": "fmin", "argmax": "argmin"}
+OF_THE_SDE = {"var": "decay", "decay": "var"}
 DROPPED = {"detach", "clamp", "clip", "sqrt", "abs", "log", "exp", "softmax", "cumsum", "astype"}
 
 
-def mutants(tree: ast.Module):
-    """Yields (part, function, line, description, tests, source) for every place that can be changed."""
+class Mutant(NamedTuple):
+    part: str
+    function: str
+    line: str
+    before: str
+    after: str
+    tests: str
+    source: str  # of the whole file
+
+    def words(self) -> str:
+        return f"`{self.before}` to `{self.after}` in `{self.line}`"
+
+    def why(self) -> str | None:
+        """Why it is equivalent, if it is."""
+        return EQUIVALENT.get((self.function, self.line, self.before, self.after))
+
+    def key(self) -> str:
+        suite = (ROOT / "test_erdp.py").read_text()
+        return hashlib.sha256((self.source + suite).encode()).hexdigest()[:20]
+
+
+def mutants(source: str):
+    """Yields every Mutant of the functions in PARTS."""
+    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
     for part, functions in PARTS.items():
         for name, tests in functions.items():
-            for place, node in enumerate(ast.walk(find(tree, name))):
-                for description, change in changes(node):
-                    changed = copy.deepcopy(tree)
-                    target = next(n for i, n in enumerate(ast.walk(find(changed, name))) if i == place)
-                    before = ast.unparse(node)
-                    change(target)
-                    after = ast.unparse(getattr(target, "replacement", target))
-                    if hasattr(target, "replacement"):
-                        changed = Replace(target).visit(changed)
+            for node in walk(find(tree, name)):
+                for change in changes(node):
+                    changed = copy.deepcopy(node)
+                    before, after = ast.unparse(node), ast.unparse(change(changed) or changed)
                     if before != after:
-                        change = f"{description}: `{before}` to `{after}`"
-                        yield part, name, node.lineno, change, tests, ast.unparse(changed)
+                        begin = starts[node.lineno - 1] + node.col_offset
+                        end = starts[node.end_lineno - 1] + node.end_col_offset
+                        text = source.encode()
+                        text = text[:begin] + f"({after})".encode() + text[end:]
+                        line = lines[node.lineno - 1].decode().partition("  #")[0].strip()
+                        yield Mutant(part, name, line, before, after, tests, text.decode())
 
 
 def find(tree: ast.AST, name: str) -> ast.AST:
     """The definition of a function, of a method (Class.method), or of a module's variable."""
     for piece in name.split("."):
-        tree = next(node for node in tree.body if piece in defined(node))
+        found = [node for node in tree.body if piece in defined(node)]
+        if not found:
+            sys.exit(f"mutants: erdp.py has no {name}: mend PARTS")
+        tree = found[0]
     return tree
 
 
@@ -113,72 +166,77 @@ def defined(node: ast.stmt) -> list[str]:
     return [getattr(target, "id", getattr(target, "name", None)) for target in targets]
 
 
-class Replace(ast.NodeTransformer):
-    def __init__(self, target):
-        self.target = target
-
-    def visit(self, node):
-        return node.replacement if node is self.target else self.generic_visit(node)
+def walk(node: ast.AST):
+    """The nodes of a definition, but for those within f-strings, whose places are not told."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.JoinedStr):
+            yield from walk(child)
 
 
 def changes(node: ast.AST):
-    """The (description, in-place change) pairs of one node; a change may set node.replacement instead."""
-
-    def becomes(new):
-        return lambda n: setattr(n, "replacement", new(n))
-
-    if isinstance(node, ast.BinOp) and SWAPS.get(type(node.op)):
-        yield "operator", lambda n: setattr(n, "op", SWAPS[type(n.op)]())
+    """Functions that change a node in place, or return another in its place."""
+    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+        yield lambda n: setattr(n, "op", SWAPS[type(n.op)]())
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        yield "power dropped", becomes(lambda n: n.left)
+        yield lambda n: n.left
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
-        yield "sign or negation dropped", becomes(lambda n: n.operand)
-    if isinstance(node, ast.Compare) and SWAPS.get(type(node.ops[0])):
-        yield "comparison", lambda n: n.ops.__setitem__(0, SWAPS[type(n.ops[0])]())
+        yield lambda n: n.operand
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        yield lambda n: n.ops.__setitem__(0, SWAPS[type(n.ops[0])]())
     if isinstance(node, ast.BoolOp):
-        yield "and for or", lambda n: setattr(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())
+        yield lambda n: setattr(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield "flag", lambda n: setattr(n, "value", not n.value)
+        yield lambda n: setattr(n, "value", not n.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int):
-        yield "index or factor", lambda n: setattr(n, "value", n.value + 1)
+        yield lambda n: setattr(n, "value", n.value + 1)
     elif isinstance(node, ast.Constant) and isinstance(node.value, float):
-        yield "factor", lambda n: setattr(n, "value", 2 * n.value if n.value else 1.0)
-    if isinstance(node, ast.Attribute) and node.attr in NAMES:
-        yield "name", lambda n: setattr(n, "attr", NAMES[n.attr])
+        yield lambda n: setattr(n, "value", 2 * n.value if n.value else 1.0)
+    if isinstance(node, ast.Attribute):
+        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        names = NAMES | OF_THE_SDE if owner in ("self", "sde") else NAMES
+        if node.attr in names:
+            yield lambda n: setattr(n, "attr", names[n.attr])
     if isinstance(node, ast.Call):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         if called in DROPPED:
             module = isinstance(node.func.value, ast.Name) and node.func.value.id in ("np", "torch", "F")
-            yield f"{called} dropped", becomes(lambda n: n.args[0] if module else n.func.value)
+            yield lambda n: n.args[0] if module else n.func.value
         if len(node.args) > 1 and called != "getattr":
-            yield "arguments exchanged", lambda n: n.args.__setitem__(slice(0, 2), [n.args[1], n.args[0]])
+            yield lambda n: n.args.__setitem__(slice(0, 2), [n.args[1], n.args[0]])
     if isinstance(node, ast.IfExp):
-        yield "branches exchanged", lambda n: n.__dict__.update(body=n.orelse, orelse=n.body)
+        yield lambda n: n.__dict__.update(body=n.orelse, orelse=n.body)
 
 
-def passes(source: str, *selection: str) -> bool:
-    """Whether the tests that pytest selects pass with `source` as erdp.py, in a forked copy of this process."""
+def passes(source: str, limit: float, *selection: str) -> bool:
+    """Whether the tests that pytest selects pass with `source` as erdp.py within `limit` seconds, in a forked child."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "erdp.py").write_text(source)
         for name in ("test_erdp.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder)
-        child = os.fork()
+        child, deadline = os.fork(), time.monotonic() + limit
         if child == 0:
             run_tests(folder, selection)
-        for _ in range(LIMIT * 20):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status) in (0, 5)  # 5: nothing selected
-            time.sleep(0.05)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return False
+        try:
+            while time.monotonic() < deadline:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    child = None
+                    return os.waitstatus_to_exitcode(status) in (0, 5)  # 5: nothing selected
+                time.sleep(0.05)
+            return False  # one that hangs is killed too
+        finally:
+            if child:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
 
 
 def run_tests(folder: str, selection: tuple[str, ...]):
     """In the child: becomes a process group of its own, runs pytest silently and never returns."""
     import pytest
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
     os.chdir(folder)
     sys.path.insert(0, folder)
@@ -191,43 +249,116 @@ def run_tests(folder: str, selection: tuple[str, ...]):
         os._exit(int(code))
 
 
-def judge(source: str, tests: str) -> str:
+def judge(source: str, tests: str, limit: float) -> str:
     """'quick' or 'slow', the part of the suite that kills a mutant, or 'survived'."""
-    if not passes(source, "-m", "not slow", "-k", tests) or not passes(source, "-m", "not slow"):
+    if not passes(source, limit, "-m", "not slow", "-k", tests) or not passes(source, limit, "-m", "not slow"):
         return "quick"
-    return "survived" if passes(source, "-m", "slow", "-k", tests) else "slow"
+    return "survived" if passes(source, limit, "-m", "slow", "-k", tests) else "slow"
+
+
+def work(some: list[Mutant], limit: float, total: int):
+    """In a process of its own: judges mutants, and keeps each outcome."""
+    end_at_sigterm()
+    for number, mutant in enumerate(some, 1):
+        outcome = judge(mutant.source, mutant.tests, limit)
+        with open(KEPT, "a") as file:
+            file.write(json.dumps([mutant.key(), outcome]) + "\n")
+        print(f"{number} of {total}, {outcome}: {mutant.function} {mutant.words()}", flush=True)
+
+
+def end_at_sigterm():
+    """By an exception, so that what was started is ended, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def outcomes(chosen: list[Mutant], jobs: int) -> list[str]:
+    """The outcome of each mutant: as listed, as kept, or found now and kept."""
+
+    def known() -> dict[Mutant, str]:
+        lines = KEPT.read_text().splitlines() if KEPT.exists() else []
+        kept = dict(json.loads(line) for line in lines if line.endswith("]"))
+        found = {mutant: "equivalent" if mutant.why() else kept.get(mutant.key()) for mutant in chosen}
+        return {mutant: outcome for mutant, outcome in found.items() if outcome}
+
+    rest = [mutant for mutant in chosen if mutant not in known()]
+    if rest:
+        for name in ("hypothesis", "pytest", "scipy.optimize", "scipy.stats", "torch._dynamo", "tensorboard"):
+            importlib.import_module(name)  # once here, then forked
+        import torch
+
+        torch.set_num_threads(1)
+        began = time.monotonic()
+        if not passes((ROOT / "erdp.py").read_text(), 3600, "-m", "not slow"):
+            sys.exit("mutants: the unchanged file does not pass its own tests")
+        limit = 60 + 5 * jobs * (time.monotonic() - began)
+        KEPT.parent.mkdir(exist_ok=True)
+        fork = multiprocessing.get_context("fork")
+        workers = [fork.Process(target=work, args=(rest[i::jobs], limit, len(rest[i::jobs]))) for i in range(jobs)]
+        with contextlib.ExitStack() as ending:
+            for worker in workers:
+                worker.start()
+                ending.callback(worker.join)
+                ending.callback(worker.terminate)
+            for worker in workers:
+                worker.join()
+    found = known()
+    if missing := [mutant for mutant in chosen if mutant not in found]:
+        sys.exit(f"mutants: {len(missing)} have no outcome: start again, and it goes on")
+    return [found[mutant] for mutant in chosen]
+
+
+def page(chosen: list[Mutant], found: list[str], number: int, command: str) -> str:
+    kinds, counts = ("quick", "slow", "equivalent", "survived"), Counter()
+    for mutant, outcome in zip(chosen, found):
+        counts[mutant.part, mutant.function, outcome] += 1
+    lines = []
+    for part, functions in PARTS.items():
+        for name in functions:
+            line = [counts[part, name, kind] for kind in kinds]
+            if any(line):
+                lines.append([part, f"`{name}`", sum(line), *(n or "" for n in line)])
+    lines.append(["all", "", len(found), *(found.count(kind) for kind in kinds)])
+    special = []
+    for mutant, outcome in zip(chosen, found):
+        if outcome in kinds[2:]:
+            special.append([f"`{mutant.function}`", mutant.words().replace("|", "\\|"), outcome, mutant.why() or ""])
+    text = table(["part", "function", "mutants", *(f"{k}" for k in kinds)], lines)
+    rest = table(["function", "change", "outcome", "why"], special) if special else "None."
+    return f"""# Mutants of erdp.py
+
+`{command}`: {len(chosen)} of {number} mutants.
+
+Killed by the quick part of the suite (`pytest -m "not slow"`), or by
+the slow tests of its function; equivalent: it computes the same, as the script says.
+
+{text}
+
+## What is not killed
+
+{rest}
+"""
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="run each so manyth mutant")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first one to run")
     parser.add_argument("--only", help="run the mutants of this function alone")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--list", action="store_true", help="show the mutants, run none")
-    parser.add_argument("--out", help="the Markdown table to write")
+    parser.add_argument("--publish", action="store_true", help="write results/mutants.md")
     args = parser.parse_args()
-    source = (ROOT / "erdp.py").read_text()
-    unchanged = ast.unparse(ast.parse(source))
-    chosen = [m for m in mutants(ast.parse(source)) if args.only in (None, m[1])][args.first :: args.every]
+    every = [m for m in mutants((ROOT / "erdp.py").read_text()) if args.only in (None, m.function)]
+    chosen = list(dict.fromkeys(every[:: args.every]))
     if args.list:
-        for part, name, line, description, *_ in chosen:
-            print(f"{part} {name}:{line} {description}")
+        for mutant in chosen:
+            print(mutant.part, mutant.function, mutant.words())
         return print(len(chosen), "mutants")
-    for name in ("hypothesis", "pytest", "scipy.optimize", "scipy.stats", "torch._dynamo", "torch.utils.tensorboard"):
-        importlib.import_module(name)  # once here, then forked
-    import torch
-
-    torch.set_num_threads(1)
-    if not passes(unchanged, "-m", "not slow"):
-        sys.exit("the unchanged file does not pass its own tests")
-    lines = []
-    for number, (part, name, line, description, tests, mutant) in enumerate(chosen, 1):
-        outcome = judge(mutant, tests)
-        lines.append(f"| {part} | `{name}` | {description.replace('|', chr(92) + '|')} | {outcome} |")
-        print(f"{number}/{len(chosen)} {outcome}: {name}:{line} {description}", flush=True)
-        if args.out:
-            head = "| part | function | change | killed by |\n| --- | --- | --- | --- |\n"
-            Path(args.out).write_text(head + "\n".join(lines) + "\n")
+    end_at_sigterm()
+    found = outcomes(chosen, args.jobs)
+    print(dict(Counter(found)))
+    if args.publish:
+        command = " ".join(["python results/mutants.py", *sys.argv[1:]])
+        (RESULTS / "mutants.md").write_text(page(chosen, found, len(every), command))
 
 
 if __name__ == "__main__":

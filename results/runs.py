@@ -1,0 +1,194 @@
+"""Runs as their folders and results/runs.jsonl have them, and which of them differ in nothing but the seed.
+
+What a run is, is read from its settings, never from its name. runs.jsonl has a line for each finished run: its name,
+settings (config), evaluations (metrics.csv), result and, of the toy, Q in the state in which episodes start.
+"""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pages import RESULTS
+
+import erdp
+from erdp import UserError
+
+RECORDS = RESULTS / "runs.jsonl"
+
+# ==== 1. Reading and keeping them =====================================================================================
+
+UNKEPT = "run_dir", "resume", "checkpoint", "eval_only"  # of a run's settings
+ACTIONS = torch.linspace(-1, 1, 41)[:, None]  # at which the toy's records keep Q in the state that episodes start in
+
+
+class Run(NamedTuple):
+    """A run, and a line of runs.jsonl."""
+
+    name: str
+    config: dict  # config.json, without UNKEPT
+    evaluations: dict[str, list]  # the columns of metrics.csv
+    result: dict | None  # None: unfinished
+    start_q: dict | None = None  # the toy's Q at ACTIONS: mean of the ensemble, and pessimistic value
+
+
+def rounded(x):
+    """Six digits, which is all that is kept."""
+    return float(f"{x:.6g}") if isinstance(x, float) else x
+
+
+def read_folder(folder: Path) -> Run:
+    """The run that left `folder`. Raises UserError where a file of it is missing or damaged."""
+    with erdp.refusing(f"{folder} cannot be read as a run", "copy the run again, or leave its folder out"):
+        config = json.loads((folder / "config.json").read_text())
+        config = {name: rounded(value) for name, value in config.items() if name not in UNKEPT}
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        numbers = {name: [rounded(float(row[name])) if row[name] else None for row in rows] for name in rows[0]}
+        path, result, start_q = folder / "result.json", None, None
+        if path.exists():
+            result = {name: rounded(value) for name, value in json.loads(path.read_text()).items()}
+        if config["env"] == "toy" and (folder / "policy.pt").exists():
+            start_q = q_at_start(folder / "policy.pt")
+        return checked(Run(folder.name, config, numbers, result, start_q))
+
+
+def q_at_start(path: Path) -> dict:
+    agent = erdp.load_policy(path).agent
+    with torch.no_grad():
+        q = agent.critics_target(torch.zeros(len(ACTIONS), 2), ACTIONS)  # (M, 41)
+    values = dict(mean=q.mean(0), pessimistic=erdp.pessimistic_value(q, agent.args))
+    return {name: [float(f"{x:.4g}") for x in value.tolist()] for name, value in values.items()}
+
+
+def checked(run: Run) -> Run:
+    """The run itself. Raises an exception where it lacks something, or its parts do not agree."""
+    for name in ("env", "seed", "dataset_id", "transitions", "num_steps", "eval_episodes"):
+        run.config[name]
+    steps, scores = run.evaluations["step"], run.evaluations["score_mean"]
+    found = run.result or dict(final=scores[-1], best=max(scores))
+    if len(steps) != len(scores) or (found["final"], found["best"]) != (scores[-1], max(scores)):
+        raise ValueError("its result does not agree with its evaluations")
+    return run
+
+
+def read_records(path: Path) -> list[Run]:
+    with erdp.refusing(f"{path} cannot be read", "take it from the repository again"):
+        return [checked(Run(**json.loads(line))) for line in path.read_text().splitlines()]
+
+
+def read_runs(tops: list[Path]) -> list[Run]:
+    """Every run below folders, finished ones first. Of those with the same settings, data and seed the first."""
+    paths = [path.parent for top in tops for path in sorted(top.rglob("config.json"))]
+    runs, kept = [read_folder(path) for path in paths if (path / "metrics.csv").exists()], {}
+    for run in sorted(runs, key=lambda run: run.result is None):
+        if kept.setdefault(identity(run), run) is not run:
+            print(f"{run.name} is left out: {kept[identity(run)].name} has the same settings, data and seed")
+    return list(kept.values())
+
+
+def collect(runs: list[Run]) -> list[Run]:
+    """Adds the finished runs to runs.jsonl, in place of those with the same settings, data and seed. Returns all."""
+    known = {identity(run): run for run in (read_records(RECORDS) if RECORDS.exists() else [])}
+    known |= {identity(run): run for run in runs if run.result}
+    names = [run.name for run in known.values()]
+    if twice := sorted(name for name in set(names) if names.count(name) > 1):
+        raise UserError(f"{RECORDS} has another run of the name {twice[0]}: rename one of the two")
+    found = sorted(known.values(), key=lambda run: run.name)
+    text = "".join(json.dumps({k: x for k, x in run._asdict().items() if x is not None}) + "\n" for run in found)
+    erdp.write_whole(RECORDS, lambda file: file.write(text.encode()))
+    return found
+
+
+# ==== 2. Their arms and groups ========================================================================================
+
+# Arms: the settings that differ from the row's preset
+CLONING = dict(eta=0, entropy_coef=0, eval_candidates=1)
+CLIPPED_DOUBLE_Q = dict(pessimism="min", num_critics=2, entropy_coef=0)
+MEASURING = {"num_steps", "eval_every", "eval_episodes"}  # they change what "final" and "best" mean
+CRITICS_ONLY = {"num_critics", "lcb_coef", "pessimism", "max_q_backup", "variant"}  # of no effect on a cloned policy
+
+
+class Group(NamedTuple):
+    """Finished runs that differ in nothing but the seed and the machine."""
+
+    env: str
+    data: str
+    transitions: int
+    data_score: float | None  # of the data's own episodes, to a tenth; the toy's data differ by seed
+    own_data: bool  # the row's own data, which is the paper's
+    arm: dict
+    runs: list[Run]
+
+    def finals(self) -> dict[int, float]:
+        """Final score by seed."""
+        return {run.config["seed"]: run.result["final"] for run in self.runs}
+
+    def mean(self, name: str, over=np.mean) -> float:
+        """Of the final or best score over seeds."""
+        return float(over([run.result[name] for run in self.runs]))
+
+    def outcome(self) -> list:
+        """Final and best score as mean ± standard deviation over seeds (divisor n), and the number of seeds."""
+        n, names = len(self.runs), ("final", "best")
+        return [*(f"{self.mean(x):.1f}" + f" ± {self.mean(x, np.std):.1f}" * (n > 1) for x in names), n]
+
+    def curve(self) -> tuple[list[float], np.ndarray]:
+        """The updates at which all runs were evaluated, and their scores (seeds, evaluations)."""
+        columns = [dict(zip(run.evaluations["step"], run.evaluations["score_mean"])) for run in self.runs]
+        steps = sorted(set.intersection(*map(set, columns)))
+        return steps, np.array([[column[step] for step in steps] for column in columns])
+
+    def title(self) -> str:
+        return f"{self.env}: {self.data}, {self.transitions:,} transitions"
+
+
+def arm_of(config: dict) -> dict:
+    """The settings that differ from the preset of the run's row, without those that change no result."""
+    free = erdp.FREE - MEASURING - {"eval_candidates"} | {"seed", "env"}
+    preset = dataclasses.asdict(erdp.preset(config["env"], config.get("variant", "paper")))
+    names = [name for name in preset if name not in free and name in config]
+    arm = {name: config[name] for name in names if config[name] != preset[name]}
+    return {k: x for k, x in arm.items() if not (CLONING.items() <= arm.items() and k in CRITICS_ONLY)}
+
+
+def identity(run: Run) -> tuple:
+    """What tells runs apart: the fields of a Group but the last, and the seed."""
+    config, name = run.config, run.config["dataset_id"]
+    row, score = erdp.ROWS.get(config["env"]), config.get("data_score")
+    if name.endswith((".hdf5", ".h5")):  # a path, which can be reached by several ways
+        own, name = config["dataset"] is None, "/".join(Path(name).parts[-3:])
+    else:
+        own = row is not None and row.dataset in (name, name.rpartition("-v")[0])
+    score = None if config["env"] == "toy" or score is None else round(score, 1)
+    return config["env"], name, config["transitions"], score, own, tuple(arm_of(config).items()), config["seed"]
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """The finished runs, those of one arm on one data set together."""
+    groups = {}
+    for run in runs:
+        if run.result:
+            groups.setdefault(identity(run)[:-1], []).append(run)
+    found = []
+    for (*key, arm), some in groups.items():
+        found.append(Group(*key, dict(arm), sorted(some, key=lambda run: run.config["seed"])))
+    return sorted(found, key=lambda g: (g.data, label(g.arm), g.runs[0].config["num_steps"], str(g.arm)))
+
+
+def label(arm: dict) -> str:
+    """An arm in words; what has no words, as flags. The number of updates is told apart from it, in a column."""
+    words, rest = [], {key: value for key, value in arm.items() if key not in MEASURING}
+    for name, settings in {"behaviour cloning": CLONING, "clipped double Q": CLIPPED_DOUBLE_Q}.items():
+        if settings.items() <= rest.items():
+            words.append(name)
+            rest = {key: value for key, value in rest.items() if key not in settings}
+    names = dict(variant="{}", num_critics="M = {}", entropy_coef="alpha = {:g}")
+    words += [text.format(rest.pop(key)) for key, text in names.items() if key in rest]
+    for key, value in rest.items():
+        flag = key.replace("_", "-")
+        words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
+    return ", ".join(words) or "as in the paper"
