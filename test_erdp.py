@@ -968,18 +968,6 @@ def literal_entropy(prime, bar, t, eps_hat):
     return A / 2 * math.log(2 * math.pi * math.e) - torch.stack(rows)
 
 
-@given(st.sampled_from(SCHEDULES), st.floats(-0.5, 0.5), st.floats(0.2, 0.6))
-def test_eq12_entropy_by_de_bruijns_identity_tends_to_a_gaussians_own(schedule, mean, width):
-    """With the analytic predictor of N(mean, width^2), whose E(eps_hat^2) has a closed form; extrapolated."""
-    found = []
-    for T in (400, 800):
-        bar, t = literal_theta(schedule, T)[1][1:], torch.arange(1, T + 1)
-        var = 1 - np.exp(-2 * bar)
-        root = np.sqrt(var / (np.exp(-2 * bar) * width**2 + var))  # of E(eps_hat^2)
-        found.append(float(erdp.entropy_estimate(sde64(T, schedule), torch.tensor(root)[:, None], t).mean()))
-    assert abs(2 * found[1] - found[0] - norm(mean, width).entropy()) < 0.05, f"{found} at T = 400, 800"
-
-
 def literal_policy_loss(args, members, batch, noise, q_data, eps_hat, frozen=None):
     """Eq. 15 as each variant has it: its terms by name, and the magnitudes that it treats as constants."""
     prime, bar = literal_theta(args.schedule, args.num_diffusion_steps)
@@ -1247,37 +1235,6 @@ def test_debruijn_estimate_of_a_policy_away_from_the_data_is_twice_h_less_the_cr
 
 
 # De Bruijn's identity: the policy loss
-@settings(max_examples=50)
-@given(
-    st.fixed_dictionaries(
-        dict(
-            loss=st.sampled_from(["noise", "posterior"]),
-            pessimism=st.sampled_from(["lcb", "min"]),
-            num_diffusion_steps=st.integers(2, 30),
-            schedule=st.sampled_from(SCHEDULES),
-            entropy_coef=st.floats(1e-3, 2),
-            eta=st.floats(0, 3),
-            B=st.integers(1, 3),
-            seed=st.integers(0, 999),
-        )
-    )
-)
-def test_debruijn_policy_loss_equals_a_literal_one(choices):
-    """L_diff - lambda Q - alpha H-hat / A, from the literal Eq. 15 without an entropy term."""
-    p = problem(variant="debruijn", **choices)
-    eps_hat, found = p.eps_hat.clone().requires_grad_(), p.loss()
-    without = dataclasses.replace(p.args, variant="paper", entropy_coef=0.0)
-    expected, _ = literal_policy_loss(without, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
-    rows = literal_estimate(p.args.schedule, p.args.num_diffusion_steps, p.noise.t.tolist(), eps_hat)
-    expected["entropy"] = sum(rows) / len(rows)
-    expected["policy_loss"] -= p.args.entropy_coef * expected["entropy"] / eps_hat.shape[1]
-    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
-    for name, reference in expected.items():
-        agree(name, found[name], reference, rtol=1e-8, atol=1e-8)
-    size = 1e-9 * (1 + float(slope.abs().max()))
-    agree("gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
-
-
 @pytest.mark.parametrize("T, schedule", [(5, "cosine"), (5, "linear"), (8, "vp"), (2, "constant")])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
 def test_debruijn_minimiser_without_q_divides_the_exact_noise(T, schedule, alpha):
@@ -1319,7 +1276,7 @@ def test_debruijn_has_its_own_alpha_by_default():
 
 @pytest.mark.parametrize("q_time", ["0", "-1", "6"])
 def test_q_time_must_be_a_diffusion_time(q_time):
-    with pytest.raises(UserError, match=f"^--q-time is {q_time} but must be a diffusion time, 1 to 5$"):
+    with pytest.raises(UserError, match=f"^--q-time is {q_time} but must be "):
         erdp.parse(["--q-time", q_time])
     assert [erdp.parse(["--q-time", word]).q_time for word in ("1", "5", "None")] == [1, 5, None]
 
