@@ -84,7 +84,7 @@ class Args:
     eval_every: int = 50_000  # updates between two evaluations
     eval_episodes: int = 100  # episodes an evaluation
     eval_candidates: int = 50  # samples of which one is drawn by softmax over their value; 1: a plain sample
-    compile: bool = False  # torch.compile: about 1.5 times as fast on a CPU, after half a minute of compiling
+    compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products: tf32 (CUDA); bf16: the ensemble's alone
     eval_env: str | None = None  # environment of a data set that names none: an id, module:id or module:Class
     run_dir: str | None = None  # the run's own folder (default: runs/<env>__<variant>__<seed>)

@@ -303,7 +303,8 @@ def main():
         parser.error(str(error))
     B, backup = args.batch_size, "with" if args.max_q_backup else "without"
     sizes = f"states of {data.state.shape[1]}, actions of {data.action.shape[1]}, batch {B}, {backup} max Q-backup"
-    command = " ".join(["python results/benchmark.py", *sys.argv[1:]])
+    words = ["CHECKOUT" if word == str(options.released) else word for word in sys.argv[1:]]
+    command = " ".join(["python results/benchmark.py", *words])
     head = f"`{command}`: {machine(args.device)}; {sizes}, {args.precision}.\n"
     if options.growth:
         text, bench = growth(args, data, options.seconds / 3), []
