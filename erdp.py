@@ -722,7 +722,7 @@ ROBOTS = {
     "walker2d": ("Walker2d-v4", 1000, 1.629008, 4592.3),
 }
 TOY = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv, max_episode_steps=2)
-ROWS = {"toy": Row("toy", "toy-20", TOY, 2, 0.0, ToyEnv.best_return())}
+ROWS = {"toy": Row("toy", "toy-5", TOY, 2, 0.0, ToyEnv.best_return())}
 for level in ("medium", "medium-replay", "medium-expert"):
     for robot, rule in ROBOTS.items():
         ROWS[f"{robot}-{level}-v2"] = Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *rule)
@@ -988,13 +988,13 @@ def open_hdf5(source: str, download: bool) -> Path:
 
 
 def toy_share(source: str) -> float:
-    """toy-20 -> 0.2: the share of the toy's recorded steps that go towards the high reward."""
+    """toy-5 -> 0.05: the share of the toy's recorded steps that go towards the high reward."""
     if not (share := re.fullmatch(r"toy-(\d\d?)", source)):
         raise UserError(f"--dataset {source} does not go with --env toy, whose data are toy-0 to toy-99")
     return int(share[1]) / 100
 
 
-def toy_data(seed: int, share: float = 0.2, episodes: int = 256) -> Batch:
+def toy_data(seed: int, share: float = 0.05, episodes: int = 256) -> Batch:
     """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
     away = rng.random((episodes, 2)) < 1 - share

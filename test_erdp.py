@@ -2258,7 +2258,7 @@ def test_runs_leave_a_folder_with_their_settings_and_measurements(finished):
     config, rows = config_of(finished), checkpoint(finished)["rows"]
     assert {field.name for field in dataclasses.fields(Args)} < config.keys()
     given = dict(env="toy", num_critics=2, num_steps=12, eval_every=4, batch_size=8, lr=1e-3, run_dir=str(finished))
-    about = dict(dataset_id="toy-20", transitions=512, data_episodes=256, state_dim=2, action_dim=1, device="cpu")
+    about = dict(dataset_id="toy-5", transitions=512, data_episodes=256, state_dim=2, action_dim=1, device="cpu")
     assert {key: config[key] for key in given | about} == given | about and "CPU" in config["device_name"]
     assert config["versions"].keys() > {"numpy", "minari", "mujoco"}
     assert config["versions"]["torch"] == torch.__version__
