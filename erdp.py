@@ -1705,7 +1705,8 @@ def read_words(argv: list[str], default: Args) -> Args:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        words = " ".join(re.sub("[│╭╮╰╯─|+]|-{4,}", " ", said.getvalue()).split())
+        _, *parts = re.split("[─-]{4,}", re.sub("[│╭╮╰╯|+]", " ", said.getvalue()))  # a title, then what it says
+        words = " ".join(" ".join(parts).split())
         raise UserError(words or "the settings make no sense: --help shows them") from None
 
 
