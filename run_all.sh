@@ -118,7 +118,7 @@ run_lines() { # LINE...: $jobs at a time
     set -m # job control: the background job is a process group of its own
     (trap "" INT TERM HUP && printf '%s\0' "$@" | xargs -0 -n 1 -P "$jobs" bash -c "run_line \"\$0\"") &
     group=$!
-    until wait; do :; done # a signal interrupts `wait`
+    while kill -0 "$group" 2>/dev/null; do wait "$group"; done # a signal interrupts `wait`
     [[ ! -e $stop_file ]] || { rm "$stop_file" && exit 130; }
     trap - INT TERM HUP
     for line; do
