@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing.pool
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -564,6 +565,8 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's message, for errors of one sentence."""
+    if isinstance(error.__context__, OSError):  # a full disk, say, and not what PyTorch made of it
+        error = error.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
@@ -577,6 +580,12 @@ def refusing(problem: str, advice: str):
         raise
     except Exception as error:
         raise UserError(f"{problem} ({first_line(error)}): {advice}") from error
+
+
+def expand(path) -> Path:
+    """The path with ~ and ~user replaced."""
+    with refusing(f"{path} is no path here", "give another"):
+        return Path(path).expanduser()
 
 
 @contextlib.contextmanager
@@ -823,6 +832,12 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
         if key not in layout(space):
             raise UserError(f"{name} is not of the domain {domain}: it observes {layout(space)}, without {key!r}")
         space = gym.spaces.Dict({key: space[key]})
+    with refusing(f"{name} is not of the domain {domain}", "give an environment that is"):
+        DOMAINS[domain].over(np.zeros(gym.spaces.flatdim(space)))
+    with refusing(f"{dataset_id} has the reference scores {refs}", "they must be two different numbers"):
+        refs = [float(ref) for ref in refs]
+        if not np.isfinite(refs).all() or refs[0] == refs[1]:
+            raise ValueError("no scale")
     low = np.array(found["low"])
     high = np.array(found["high"])
     return Task(domain, data, dataset_id, env.spec, space, low, high, *refs)
@@ -831,7 +846,7 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
 def open_task(args: Args) -> Task:
     """The task that --env and --dataset name: its environment, and the way to its data, which is not read yet."""
     row, domain = ROWS.get(args.env), domain_of(args.env)
-    if row is None and args.env not in (args.dataset or ""):
+    if row is None and (not args.env or args.env not in (args.dataset or "")):
         near = ", ".join(difflib.get_close_matches(args.env, ROWS, 3, 0))
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
@@ -917,9 +932,14 @@ def open_minari(dataset_id: str):
     """The Minari data set of that id, its newest version where the id has none: the installed one, else downloaded."""
     if not re.fullmatch(r"([-\w]+/)*[-\w]+", dataset_id):
         raise UserError(f"--dataset {dataset_id} is neither an .hdf5 path nor a Minari id such as D4RL/pen/human-v2")
-    folder = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    folder = expand(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets"))
     with quiet():
         import minari
+
+    def load(name):
+        data = minari.load_dataset(name)
+        data.spec  # noqa: B018 (read at first use: what is damaged shows here)
+        return data
 
     def newest(ids):
         """The id itself, or if it names no version, the id of its highest version."""
@@ -932,7 +952,7 @@ def open_minari(dataset_id: str):
         with refusing(f"{dataset_id} cannot be read", f"see that it is whole in {folder}"), quiet():
             installed = minari.list_local_datasets()
             if found := newest(installed):
-                return minari.load_dataset(found)
+                return load(found)
         say(f"looking for {dataset_id} on Minari's server")
         there = f"{folder} has {', '.join(installed) or 'no set'}"
         with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`; {there}"), quiet():
@@ -942,7 +962,7 @@ def open_minari(dataset_id: str):
             if found is None:
                 raise LookupError("the server does not have it")
             fetch_minari(found, folder)
-            return minari.load_dataset(found)
+            return load(found)
 
 
 def fetch_minari(dataset_id: str, folder: Path):
@@ -962,11 +982,13 @@ def fetch_minari(dataset_id: str, folder: Path):
 def open_hdf5(source: str, download: bool) -> Path:
     """The path of a D4RL file; where `download`, a row's own, which is fetched at first use."""
     if not download:
-        path = Path(source).expanduser()
+        path = expand(source)
         if not path.exists():
             raise UserError(f"--dataset {path} does not exist")
         return path
-    path = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser() / source
+    path = expand(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")) / source
+    if path.exists():
+        return path
     url = D4RL_SERVER + source
     failed = f"{url} cannot be downloaded", f"fetch it later and save it as {path}"
 
@@ -981,7 +1003,7 @@ def open_hdf5(source: str, download: bool) -> Path:
 
     with refusing(*failed):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock(path.with_name(f".{source}.lock"), f"waiting for another process that fetches {path}"):
+        with lock(path.with_name(f".{path.name}.lock"), f"waiting for another process that fetches {path}"):
             if not path.exists():
                 write_whole(path, fetch)
     return path
@@ -1260,11 +1282,11 @@ COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "succe
 
 def run_folder(args: Args) -> Path:
     name = (args.env or args.dataset or "toy").replace("/", "-")
-    return Path(args.run_dir or f"runs/{name}__{args.variant}__{args.seed}").expanduser()
+    return expand(args.run_dir or f"runs/{name}__{args.variant}__{args.seed}")
 
 
 def policy_file(args: Args) -> Path:
-    return Path(args.checkpoint or run_folder(args) / "policy.pt").expanduser()
+    return expand(args.checkpoint or run_folder(args) / "policy.pt")
 
 
 def load_file(path: Path, device="cpu") -> dict:
@@ -1272,7 +1294,10 @@ def load_file(path: Path, device="cpu") -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist: check --run-dir or --checkpoint")
     with refusing(f"{path} is not a whole policy or checkpoint of this program", "give another file"):
-        saved = torch.load(path, map_location=device, weights_only=True)
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError("PyTorch cannot read it safely") from None
         if saved.get("format") != FORMAT:
             raise UserError(f"{path} was made by another version of this program, which can read it")
         saved["dataset_id"] = str(saved["dataset_id"])
@@ -1326,6 +1351,16 @@ def interruptible():
                 previous = signal.signal(number, stop)
                 handlers.callback(signal.signal, number, previous)
         yield stops
+
+
+def check_moments(optimizer, begun: bool):
+    """Raises where an optimiser's state does not fit its parameters: fused Adam itself would read beyond them."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter in parameters if begun else ():
+        state = optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                raise ValueError(f"an optimiser's {name} does not fit")
 
 
 class Run:
@@ -1416,10 +1451,15 @@ class Run:
             if saved["about"] != self.about:
                 raise UserError(f"{path} belongs to the data {saved['about']}, not to {self.about}: give those")
             self.agent.load_state_dict(saved["agent"])
+            for optimizer in (self.agent.policy_optimizer, self.agent.critic_optimizer):
+                check_moments(optimizer, bool(self.agent.updates > 0))
             self.totals.copy_(saved["totals"])
             self.step = int(saved["step"])
             self.began -= float(saved["seconds"])
             self.rows = [{name: row[name] for name in COLUMNS} for row in saved["rows"]]
+            numbers = [self.step, *(row[name] for row in self.rows for name in COLUMNS[:5])]
+            if self.step < 0 or not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError("its progress is no number")
             there = torch.device(saved["args"].device)
             here = torch.device(self.args.device)
             if there.type == here.type:
@@ -1577,7 +1617,8 @@ def train(args: Args) -> int:
     with refusing(f"{folder} cannot be written", "give another --run-dir"):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
-        run = Run(args, folder, task, data)
+        with refusing("the networks and batches cannot be made", "give smaller sizes"):
+            run = Run(args, folder, task, data)
         if "checkpoint.pt" in left:
             run.restore()
         if run.step > args.num_steps:
@@ -1663,7 +1704,9 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
             getattr(agent, part).load_state_dict(saved["agent"][part])
         low, high = np.array([saved["low"], saved["high"]])  # of one shape
         actor = Actor(agent, saved["layout"], low, high)
-        actor(np.zeros(about["state_dim"]))  # what does not fit together shows here
+        action = actor(np.zeros(about["state_dim"]))  # what does not fit together shows here
+        if not ((low < high) & np.isfinite(action)).all():
+            raise ValueError("its bounds or weights make no action")
         return actor
 
 
@@ -1676,12 +1719,11 @@ def evaluate_only(args: Args) -> int:
     if args.env != "toy":
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
-        ref_min, ref_max = map(float, saved["refs"])
         if row and row.env:
             spec = row.env
         else:
             spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
-        task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, (ref_min, ref_max))
+        task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, saved["refs"])
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
@@ -1735,6 +1777,8 @@ def parse(argv: list[str]) -> Args:
     given = read_words(words, Args(env=""))
     default = saved_settings(given) if given.resume or given.eval_only else None
     name = given.env or given.dataset or "toy"
+    if re.fullmatch(r"toy-\d+", name):
+        name = "toy"
     args = read_words(argv, default or preset(name, given.variant))
 
     def require(good: bool, name: str, words: str):
@@ -1746,7 +1790,6 @@ def parse(argv: list[str]) -> Args:
         steps = 3  # its entropy term has the times 1, 2 and T
     require(T >= steps, "num_diffusion_steps", f"at least {steps} here")
     require(args.q_time is None or 1 <= args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
-    require(args.seed < 2**63, "seed", "less than 2**63")
     free = FREE | {"seed"} if given.eval_only else FREE
     for name, value in vars(args).items():
         if default and name not in free and value != getattr(default, name):
@@ -1754,7 +1797,8 @@ def parse(argv: list[str]) -> Args:
             raise UserError(f"{problem}, not {value}: give the same")
         if isinstance(value, int | float):
             least = 1 if type(value) is int and name not in ZERO_TOO else 0
-            require(least <= value < math.inf, name, f"at least {least}")
+            require(least <= value < math.inf, name, f"finite and at least {least}")
+            require(type(value) is float or value < 2**63, name, "less than 2**63")
         if name in POSITIVE:
             require(value > 0, name, "more than 0")
         if name in AT_MOST_ONE:
@@ -1788,11 +1832,19 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print("erdp:", error, file=sys.stderr)
         return 1
+    except MemoryError:
+        print("erdp: this needs more memory than there is: give smaller sizes", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # of --help, whose reader has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 141
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(line_buffering=True, errors="replace")  # a log file is as far as the run is
