@@ -1614,11 +1614,11 @@ def train(args: Args) -> int:
         torch.cuda.set_device(args.device)
     task = open_task(args)
     data = load_data(task, args)
+    with refusing("the networks and batches cannot be made", "give smaller sizes"):
+        run = Run(args, folder, task, data)
     with refusing(f"{folder} cannot be written", "give another --run-dir"):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
-        with refusing("the networks and batches cannot be made", "give smaller sizes"):
-            run = Run(args, folder, task, data)
         if "checkpoint.pt" in left:
             run.restore()
         if run.step > args.num_steps:
@@ -1797,7 +1797,8 @@ def parse(argv: list[str]) -> Args:
             raise UserError(f"{problem}, not {value}: give the same")
         if isinstance(value, int | float):
             least = 1 if type(value) is int and name not in ZERO_TOO else 0
-            require(least <= value < math.inf, name, f"finite and at least {least}")
+            require(value >= least, name, f"at least {least}")
+            require(value < math.inf, name, "finite")
             require(type(value) is float or value < 2**63, name, "less than 2**63")
         if name in POSITIVE:
             require(value > 0, name, "more than 0")

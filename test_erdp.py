@@ -2843,7 +2843,13 @@ def refused(capsys, tmp_path):
     [
         (["--env", "hoper-medium-v2"], ["hoper-medium-v2", "hopper-medium-v2"]),
         (["--env", "antmaze-umaze"], ["antmaze-umaze", "antmaze-umaze-v0"]),
+        (["--env", ""], ["not a row"]),
         (["--env", "toy", "--dataset", "a.hdf5"], ["a.hdf5", "toy-0 to toy-99"]),
+        (["--dataset", "toy-100"], ["toy-100", "toy-0 to toy-99"]),
+        (["--env", "hopper-medium-v2", "--dataset", "~nobodyhere/a.hdf5"], ["~nobodyhere"]),
+        (["--batch-size", "1" + "0" * 14], ["smaller"]),
+        (["--ema-start", "1" + "0" * 23], ["--ema-start", "less than 2**63"]),
+        (["--lr", "inf"], ["--lr", "finite"]),
         (["--env", "toy", "--dataset", "toy-100"], ["toy-100", "toy-0 to toy-99"]),
         (["--dataset", "a.hdf5"], ["a.hdf5", "does not exist"]),
         (["--dataset", "two words"], ["two words", "Minari id"]),
@@ -3216,6 +3222,25 @@ def test_bad_resume_past_the_end_or_on_other_data_is_refused(refused, copied, mo
     refused(["--resume"], "'transitions': 512", "'transitions': 154", folder=copied)
 
 
+@pytest.mark.parametrize("refs", [(1, 1), ("x", 2), (math.nan, 1), (0, math.inf), (0,), ([], 1), (0, 10**400)], ids=str)
+def test_bad_reference_scores_are_refused(refs):
+    with pytest.raises(UserError, match="reference scores"):
+        erdp.make_task("toy", None, "x", erdp.TOY, refs)
+
+
+def test_bad_environment_of_another_domain_is_refused():
+    with pytest.raises(UserError, match="Toy-v0 is not of the domain adroit"):
+        erdp.make_task("adroit", None, "x", erdp.TOY, (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["--help | head -1", "--num-steps 20 --eval-every 20 --eval-episodes 1 2>&-"])
+def test_runs_of_a_real_process_survive_closed_streams(command, tmp_path):
+    words = f"{sys.executable} {erdp.__file__} {command}"
+    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout, done
+
+
 @pytest.mark.parametrize("keep", [0, 1, 1000, 0.5, -1])
 def test_bad_checkpoint_cut_short_is_refused_and_the_run_survives(keep, refused, copied):
     path = unfinished(copied) / "checkpoint.pt"
@@ -3234,6 +3259,8 @@ def test_mangled_checkpoints_and_policies_are_read_or_refused_in_one_line(name, 
     path = unfinished(copied) / name
     whole, before, refusals = torch.load(path, weights_only=True), files(copied), 0
     places = [(), *((key,) for key in whole), *(("agent", key) for key in whole["agent"]), ("args", "num_critics")]
+    if argv == "--resume":
+        places += [("agent", "policy_optimizer", "state", 0, "exp_avg"), ("agent", "critic_optimizer", "state")]
     for place in [*places, ("about", "state_dim")]:
         mangled = changed_at(whole, place, BAD_VALUES[kind])
         torch.save(mangled, path)
