@@ -52,7 +52,7 @@ class Args:
     """Entropy-regularized diffusion policy with Q-ensembles (arXiv:2402.04080). What is not given is the row's preset:
     add --env ROW to --help to see it."""
 
-    env: str = "toy"  # toy, or a row of the paper's Tables 1 and 2, such as antmaze-umaze-v0
+    env: str = "toy"  # toy, or a row of the paper's tables, such as antmaze-umaze-v0 (none: the --dataset's id)
     seed: int = 0  # of initialisation, batches, noise and evaluation
     dataset: str | None = None  # a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data
     variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
@@ -172,7 +172,7 @@ class MeanRevertingSDE:
         return -(x_t - decay * x_0) / var
 
     def posterior(self, x_t, x_0, t):
-        """Eq. 6-7: (mean, var) of p(x_{t-1} | x_t, x_0) for t >= 1; at t = 1, x_0 and 0."""
+        """Eq. 6 and Eq. 7: (mean, var) of p(x_{t-1} | x_t, x_0) for t >= 1; at t = 1, x_0 and 0."""
         before, step, whole = self.var(0, t - 1), self.var(t - 1, t), self.var(0, t)
         from_x_t = before / whole * self.decay(t - 1, t)
         from_x_0 = step / whole * self.decay(0, t - 1)
@@ -1774,7 +1774,7 @@ def parse(argv: list[str]) -> Args:
     Raises UserError where they make no sense, or would change what a run has learned.
     """
     words = [word for word in argv if word not in ("-h", "--help")]
-    given = read_words(words, Args(env=""))
+    given = read_words(words, Args(env=""))  # read twice: first to see which row or run the defaults come from
     default = saved_settings(given) if given.resume or given.eval_only else None
     name = given.env or given.dataset or "toy"
     if re.fullmatch(r"toy-\d+", name):
