@@ -1874,6 +1874,12 @@ def test_data_knows_what_its_own_episodes_would_have_returned_if_played(tmp_path
     assert len(load(pen).reward) == 4 and pen.returns.tolist() == [3], "D4RL's Pen ends where the pen is dropped"
 
 
+class Loaded(str):
+    """In place of a MinariDataset: its id."""
+
+    spec = None
+
+
 def local_minari(monkeypatch, folder, local, remote=()):
     """Minari with these data sets installed and on its server. Returns the list of what was downloaded."""
     import minari
@@ -1888,7 +1894,7 @@ def local_minari(monkeypatch, folder, local, remote=()):
     monkeypatch.setattr(minari, "list_local_datasets", lambda *_, **__: dict.fromkeys(local))
     monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: dict.fromkeys(remote))
     monkeypatch.setattr(minari, "download_dataset", download)
-    monkeypatch.setattr(minari, "load_dataset", lambda dataset_id, *_, **__: dataset_id)
+    monkeypatch.setattr(minari, "load_dataset", lambda dataset_id, *_, **__: Loaded(dataset_id))
     return downloaded
 
 
@@ -3036,6 +3042,14 @@ def test_bad_minari_files_are_refused(name, part, refused, minari_root, monkeypa
     path = minari_root / dataset / "data" / name
     os.truncate(path, int(part * path.stat().st_size))
     refused([*SHORT.split(), "--dataset", dataset], dataset)
+
+
+@pytest.mark.parametrize("steps", ["x", math.nan])
+def test_bad_minari_metadata_is_refused(steps, refused, minari_root):
+    dataset = make_minari(spec_of(LEDGER))
+    path = minari_root / dataset / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": steps}))
+    refused([*SHORT.split(), "--dataset", dataset], dataset, "cannot be read")
 
 
 class DiscreteEnv(Ledger):
