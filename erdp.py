@@ -402,13 +402,15 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     value = (pessimistic_value(q, args) * seen).sum() / count
     if args.variant == "released":
         magnitude = ((q.abs().mean(0) * seen).sum() / count).masked_fill(~seen.any(), 1)
-        weight = 1 / entropy.abs().mean().detach()
     else:
         magnitude = pessimistic_value(q_data, args).abs().mean()
-        weight = 1 / eps_hat.shape[-1]  # nats an action dimension, over which L_diff is a mean too
     lambda_ = args.eta / magnitude.detach()  # eta / E|Q(s, a)|
     if args.variant == "paper":
         weight = lambda_  # alpha stands inside the bracket of Eq. 12
+    elif args.variant == "released":
+        weight = 1 / entropy.abs().mean().detach()
+    else:
+        weight = 1 / eps_hat.shape[-1]  # nats an action dimension, over which L_diff is a mean too
     loss = l_diff - lambda_ * value
     if args.entropy_coef:
         loss = loss - args.entropy_coef * weight * entropy.mean()
@@ -1619,7 +1621,7 @@ def train(args: Args) -> int:
     with refusing(f"{folder} cannot be written", "give another --run-dir"):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock"):
-        if "checkpoint.pt" in left:
+        if args.resume and (folder / "checkpoint.pt").exists():  # asked now, as another process may have begun it
             run.restore()
         if run.step > args.num_steps:
             raise UserError(f"{folder} is at update {run.step} already, past --num-steps {args.num_steps}")
