@@ -1697,7 +1697,11 @@ def set_matmul_precision(args: Args):
 
 def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
     """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
-    saved = load_file(Path(path), device)
+    return actor_of(load_file(Path(path), device), path, device, candidates)
+
+
+def actor_of(saved: dict, path, device, candidates: int | None) -> Actor:
+    """The Actor of what `load_file` read from `path`."""
     with refusing(f"{path} is not a whole policy or checkpoint of this program", "give another file"):
         args, about = saved["args"], saved["about"]
         args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
@@ -1715,8 +1719,8 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
 def evaluate_only(args: Args) -> int:
     """--eval-only: the score of a saved policy in the environment that its file names."""
     path = policy_file(args)
-    actor = load_policy(path, args.device, args.eval_candidates)
-    saved = load_file(path)
+    saved = load_file(path, args.device)
+    actor = actor_of(saved, path, args.device, args.eval_candidates)
     row = ROWS.get(args.env)
     if args.env != "toy":
         register_robots()
