@@ -398,12 +398,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
         entropy = -policy_log_prob(sde, a_0, eps_hat, noise.a_T, args.variant)  # (B,)
     q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
     seen = noise.t <= (args.q_time or sde.num_steps)  # (B,)
-    count = seen.sum().clamp(min=1)
-    value = (pessimistic_value(q, args) * seen).sum() / count
-    if args.variant == "released":
-        magnitude = ((q.abs().mean(0) * seen).sum() / count).masked_fill(~seen.any(), 1)
-    else:
-        magnitude = pessimistic_value(q_data, args).abs().mean()
+    value = (pessimistic_value(q, args) * seen).sum() / seen.sum().clamp(min=1)
+    magnitude = (q if args.variant == "released" else pessimistic_value(q_data, args)).abs().mean()
     lambda_ = args.eta / magnitude.detach()  # eta / E|Q(s, a)|
     if args.variant == "paper":
         weight = lambda_  # alpha stands inside the bracket of Eq. 12
@@ -559,6 +555,9 @@ D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 PATIENCE = 20  # seconds that a silent server is waited for
 CANNOT_MAKE = "see that what it needs is installed, or name another by --eval-env"
 HDF5 = ".hdf5", ".h5"  # endings of a D4RL file
+STOPS = [signal.SIGINT, signal.SIGTERM]  # signals at which a run saves its checkpoint and ends
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup has ignored
+    STOPS.append(signal.SIGHUP)  # of a terminal that is closed
 
 
 class UserError(Exception):
@@ -853,6 +852,8 @@ def open_task(args: Args) -> Task:
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
     if domain == "toy":
+        if args.eval_env:
+            raise UserError(f"--eval-env {args.eval_env} does not go with --env toy, which has its own environment")
         refs = row.ref_min, row.ref_max
         return make_task(domain, toy_share(source), source, row.env, refs)
     register_robots()
@@ -919,14 +920,12 @@ def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
 
     with refusing(f"{dataset_id} was not collected in a maze", "AntMaze's rows need one: give another --dataset"):
         maze, collected = maze_of(spec), walls(maze_of(collected_spec))
-    if walls(maze) == collected:
-        return maze
-    left_to_right = [line[::-1] for line in maze]
-    upside_down = maze[::-1]
-    for mirrored in (left_to_right, upside_down):
-        if walls(mirrored) == collected:
-            say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
-            return mirrored
+    left_to_right, upside_down = [line[::-1] for line in maze], maze[::-1]
+    for possible in (maze, left_to_right, upside_down):
+        if walls(possible) == collected:
+            if possible is not maze:
+                say(f"{dataset_id}: its evaluation maze is mirrored here, to match the walls of its data")
+            return possible
     raise UserError(f"{dataset_id} was collected in another maze than its evaluation environment's")
 
 
@@ -952,11 +951,11 @@ def open_minari(dataset_id: str):
         folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".erdp-lock", f"waiting for another process that is at work in {folder}"):
         with refusing(f"{dataset_id} cannot be read", f"see that it is whole in {folder}"), quiet():
-            installed = minari.list_local_datasets()
-            if found := newest(installed):
+            installed = (path.parent.relative_to(folder) for path in folder.glob(f"{dataset_id}*/data"))
+            if found := newest(map(Path.as_posix, installed)):
                 return load(found)
+            there = f"{folder} has {', '.join(minari.list_local_datasets()) or 'no set'}"
         say(f"looking for {dataset_id} on Minari's server")
-        there = f"{folder} has {', '.join(installed) or 'no set'}"
         with refusing(f"{dataset_id} cannot be downloaded", f"see `minari list remote`; {there}"), quiet():
             with multiprocessing.pool.ThreadPool(1) as pool:  # Minari itself would wait for ever
                 remote = pool.apply_async(minari.list_remote_datasets, kwds=dict(compatible_minari_version=True))
@@ -1200,8 +1199,8 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
 
     def make():
         if multiprocessing.parent_process():  # in a worker: to stop is the main process's business
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in STOPS:
+                signal.signal(number, signal.SIG_IGN)
         with quiet():
             return Episode(gym.make(task.spec, disable_env_checker=True), task)
 
@@ -1307,7 +1306,7 @@ def load_file(path: Path, device="cpu") -> dict:
         for name, hint in get_type_hints(Args).items():
             value = getattr(saved["args"], name)
             allowed = get_args(hint) or (hint,)  # types, or the words of a Literal
-            if type(value) not in allowed and value not in allowed:
+            if type(value) not in allowed and value not in allowed or value != value:  # NaN
                 raise TypeError(f"its {name} is {value}")
         return saved
 
@@ -1340,7 +1339,7 @@ class Captured:
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C or SIGTERM fills, to be looked at between updates; a second one ends the program."""
+    """Yields a list that one of STOPS fills, to be looked at between updates; a second one ends the program."""
     stops = []
     with contextlib.ExitStack() as handlers:
 
@@ -1349,7 +1348,7 @@ def interruptible():
             handlers.close()  # puts the old ones back
 
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPS:
                 previous = signal.signal(number, stop)
                 handlers.callback(signal.signal, number, previous)
         yield stops
@@ -1637,26 +1636,24 @@ def train(args: Args) -> int:
 
 
 def draw_curve(file, run: Run):
-    """A picture of score (for the toy, return) over updates; for the toy, between Figure 1's two other panels."""
+    """A picture of the score over updates; for the toy, between Figure 1's two other panels."""
     from matplotlib.figure import Figure
 
-    toy, level = run.task.domain == "toy", run.task.returns.mean()
-    figure = Figure(figsize=(16 if toy else 6, 4), layout="tight")
-    if toy:
-        measure = "return"
+    figure = Figure(figsize=(6, 4), layout="tight")
+    if run.task.domain == "toy":
+        figure.set_figwidth(16)
         left, curve, right = figure.subplots(1, 3)
         draw_toy(left, right, run)
     else:
-        measure = "score"
         curve = figure.subplots()
-        level = run.task.score(level)
     step = [row["step"] for row in run.rows]
-    mean = np.array([row[f"{measure}_mean"] for row in run.rows])
-    std = np.array([row[f"{measure}_std"] for row in run.rows])
+    mean = np.array([row["score_mean"] for row in run.rows])
+    std = np.array([row["score_std"] for row in run.rows])
     curve.plot(step, mean)
     curve.fill_between(step, mean - std, mean + std, alpha=0.2)
+    level = run.task.score(run.task.returns.mean())
     curve.axhline(level, color="gray", linestyle=":", label="the data's own episodes")
-    curve.set(xlabel="updates", ylabel=f"{measure} ± deviation over episodes", title=f"{run.args.env}, {run.args.seed}")
+    curve.set(xlabel="updates", ylabel="score ± deviation over episodes", title=f"{run.args.env}, {run.args.seed}")
     curve.legend()
     figure.savefig(file, format="png")
 

@@ -6,7 +6,6 @@
 #   bash run_all.sh [--jobs J] [SIZE]    all runs, J at a time (1), then the report
 #   bash run_all.sh list [SIZE]          the commands, one a line
 #   bash run_all.sh task N [SIZE]        line N of them, for schedulers
-#   bash run_all.sh report [SIZE]        the report alone
 #
 # SIZE: full; quick, a small version; toy-sweep, Figure 1's policies at four shares of good steps. A finished run is left
 # alone, one that was cut off goes on, one that fails or is killed does not stop the rest. Ctrl-C or SIGTERM lets the
@@ -16,6 +15,7 @@ set -u
 
 declare -A arms=(
     [paper]="" [released]="--variant released" [debruijn]="--variant debruijn"
+    [debruijn-0.1]="--variant debruijn --entropy-coef 0.1" [debruijn-0.3]="--variant debruijn --entropy-coef 0.3"
     [bc]="--eta 0 --entropy-coef 0 --eval-candidates 1 --num-critics 1" # behaviour cloning
     [q]="--num-critics 1 --entropy-coef 0" [entropy]="--num-critics 1" [ensemble]="--entropy-coef 0"
     [M1]="--num-critics 1" [M4]="--num-critics 4" [M16]="--num-critics 16"
@@ -26,25 +26,20 @@ declare -A arms=(
 prefix=()
 
 line() { # NAME WORD...: a line of the list, the name and its command, quoted for a shell
-    local words
-    printf -v words ' %q' "${@:2}"
-    printf '%s\t%s\n' "$1" "${words:1}"
+    printf '%s\t%q' "$1" "$2" && printf ' %q' "${@:3}" && echo
 }
 
 run() { # ENV ARM SEED [SETTING...]; for ENV toy-5 the toy with that share
-    local name=$1__$2__$3 settings
-    read -ra settings <<<"${arms[$2]}"
-    line "$name" "${prefix[@]}" "$python" erdp.py --env "${1/#toy-*/toy}" --seed "$3" "${@:4}" "${settings[@]}" \
+    local name=$1__$2__$3
+    # shellcheck disable=SC2086
+    line "$name" "${prefix[@]}" "$python" erdp.py --env "${1/#toy-*/toy}" --seed "$3" "${@:4}" ${arms[$2]} \
         --run-dir "$runs/$name" --resume
 }
 
-toy_and_studies() {
+full() {
     for seed in {0..4}; do for arm in paper bc q entropy ensemble released; do run toy "$arm" "$seed"; done; done
     for study in figure2 entropy likelihood; do line "$study" "$python" "results/$study.py"; done
-}
-
-full() {
-    toy_and_studies
+    [[ -z ${1:-} ]] || return 0
     for seed in {0..4}; do # Tables 1 and 2
         for env in {halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2 pen-{human,cloned}-v1 \
             kitchen-{complete,partial,mixed}-v0 antmaze-{umaze{,-diverse},{medium,large}-{play,diverse}}-v0; do
@@ -59,12 +54,9 @@ full() {
 }
 
 quick() {
-    toy_and_studies
+    full toy
     local data=${ERDP_DATA:-} small=(--num-steps 3000 --eval-every 1500 --eval-episodes 10)
-    if [[ -z $data ]]; then
-        echo "run_all.sh: quick leaves out its runs on stand-in data, as ERDP_DATA is not set" >&2
-        return
-    fi
+    [[ $data ]] || { echo "run_all.sh: quick has no runs on stand-in data, as ERDP_DATA is not set" >&2 && return; }
     prefix=(env "MINARI_DATASETS_PATH=$data/minari")
     for arm in bc M4; do
         run hopper-medium-expert-v2 "$arm" 0 --dataset "$data/standin/d4rl/hopper-medium-expert-v2.hdf5" \
@@ -74,80 +66,69 @@ quick() {
     done
 }
 
-toy_sweep() {
+toy-sweep() {
     for seed in {0..9}; do
         for share in 20 10 5 2; do
             for arm in bc q ensemble paper debruijn; do run "toy-$share" "$arm" "$seed" --dataset "toy-$share"; done
         done
+        ((seed < 5)) || continue
+        for arm in released debruijn-0.1 debruijn-0.3; do run toy-5 "$arm" "$seed" --dataset toy-5; done
     done
 }
 
-say() { printf '%(%F %T)T %s\n' -1 "$*"; }
 die() { echo "run_all.sh: $1" >&2 && exit 2; }
 finished() { [[ -e $runs/$1/result.json || -e $runs/$1.done ]]; } # NAME; a study leaves a stamp
 
 run_line() { # LINE: with its output in a log file. Always succeeds, as xargs would end if it did not
     local name=${1%%$'\t'*} command=${1#*$'\t'} status=0
     [[ ! -e $stop_file ]] || return 0
-    finished "$name" && say "$name is finished already" && return
-    say "$name starts"
+    finished "$name" && echo "$name is finished already" && return
+    printf '%(%F %T)T %s starts\n' -1 "$name"
     echo "\$ $command" >>"$runs/$name.log"
     eval "$command" >>"$runs/$name.log" 2>&1 </dev/null || status=$?
     case $status in
-        0) say "$name is finished" && { [[ -d $runs/$name ]] || : >"$runs/$name.done"; } ;;
-        130 | 143) say "$name stopped" ;;
-        *) say "$name failed with status $status: see $runs/$name.log" ;;
+        0) status="is finished" && { [[ -d $runs/$name ]] || : >"$runs/$name.done"; } ;;
+        129 | 130 | 143) status=stopped ;;
+        *) status="failed with status $status: see $runs/$name.log" ;;
     esac
+    printf '%(%F %T)T %s %s\n' -1 "$name" "$status"
 }
 
 stop() { # [SIGNAL]: until all have ended, as a run that is still starting hears it later
     : >"$stop_file"
-    while [[ -n $group ]] && kill -0 "$group" 2>/dev/null; do
-        kill "-${1:-TERM}" -- "-$group"
-        sleep 0.2
-    done
-}
-
-run_lines() { # LINE...: $jobs at a time
-    local line status=0 group=""
-    export runs stop_file="$runs/.stop-$$"
-    export -f say finished run_line
-    mkdir -p "$runs" || exit 1
-    trap stop TERM HUP
-    trap 'stop "$([[ ! -e $stop_file ]] || echo KILL)"' INT
-    set -m # job control: the background job is a process group of its own
-    (trap "" INT TERM HUP && printf '%s\0' "$@" | xargs -0 -n 1 -P "$jobs" bash -c "run_line \"\$0\"") &
-    group=$!
-    while kill -0 "$group" 2>/dev/null; do wait "$group"; done # a signal interrupts `wait`
-    [[ ! -e $stop_file ]] || { rm "$stop_file" && exit 130; }
-    trap - INT TERM HUP
-    for line; do
-        name=${line%%$'\t'*}
-        finished "$name" || { status=1 && say "$name is not finished: see $runs/$name.log"; }
-    done
-    return "$status"
+    while [[ $group ]] && kill -0 "$group" 2>/dev/null; do kill "-${1:-TERM}" -- "-$group"; sleep 0.2; done
 }
 
 [[ $0 != */* ]] || CDPATH="" cd -- "${0%/*}" || exit 1
-jobs=1 action=all number='^[1-9][0-9]{0,5}$'
+jobs=1 action=all n=1 number='^[1-9][0-9]{0,5}$' group=""
 [[ ${1:-} != --jobs ]] || { jobs=${2:-} && shift 2; }
 [[ ${1:-} != task ]] || { action=task n=${2:-} && shift 2; }
-[[ ! ${1:-} =~ ^(list|report)$ ]] || { action=$1 && shift; }
+[[ ${1:-} != list ]] || { action=list && shift; }
 size=${1:-full}
 [[ $# -le 1 && $size =~ ^(full|quick|toy-sweep)$ ]] || die "'$*' is not understood: this file begins with the usage"
-[[ $jobs =~ $number ]] || die "--jobs '$jobs' must be a number from 1 on"
+[[ $jobs =~ $number && $n =~ $number ]] || die "--jobs '$jobs' and task '$n' must be numbers from 1 on"
 python=${PYTHON:-python} runs=${RUNS:-runs}
 [[ $size != quick ]] || runs+=/quick
-mapfile -t lines < <("${size//-/_}")
+mapfile -t lines < <("$size")
 [[ $action != list ]] || { printf '%s\n' "${lines[@]#*$'\t'}" && exit; }
+[[ $action != task ]] || lines=("${lines[@]:n - 1:1}")
+[[ ${lines[*]} ]] || die "there is no task $n"
 command -v "$python" >/dev/null || die "'$python' is not there: set PYTHON to a Python interpreter"
+mkdir -p "$runs" || exit 1
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
-if [[ $action == task ]]; then
-    [[ $n =~ $number && $n -le ${#lines[@]} ]] || die "task '$n' must be a number from 1 to ${#lines[@]}"
-    lines=("${lines[n - 1]}")
-fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))} runs stop_file="$runs/.stop-$$"
+export -f finished run_line
+trap stop TERM HUP
+trap 'stop "$([[ ! -e $stop_file ]] || echo KILL)"' INT
+set -m # job control: the background job is a process group of its own
+(trap "" INT TERM HUP && printf '%s\0' "${lines[@]}" | xargs -0 -n 1 -P "$jobs" bash -c "run_line \"\$0\"") &
+group=$!
+while kill -0 "$group" 2>/dev/null; do wait "$group"; done # a signal interrupts `wait`
+[[ ! -e $stop_file ]] || { rm "$stop_file" && exit 130; }
+trap - INT TERM HUP
 status=0
-[[ $action == report ]] || run_lines "${lines[@]}" || status=1
+for line in "${lines[@]}"; do
+    finished "${line%%$'\t'*}" || { status=1 && echo "${line%%$'\t'*} is not finished: see $runs/${line%%$'\t'*}.log"; }
+done
 [[ $action == task ]] || "$python" results/report.py "$runs" || status=1
 exit "$status"

@@ -983,11 +983,10 @@ def literal_policy_loss(args, members, batch, noise, q_data, eps_hat, frozen=Non
         log_p = literal_log_prob(args.variant, prime, bar, a_0, eps_hat, noise.a_T)
     pessimistic = own(LITERAL_PESSIMISM, args.pessimism)
     seen = [b for b in range(len(t)) if t[b] <= (args.q_time or args.num_diffusion_steps)]  # rows whose a_0 Q sees
-    q = literal_q_of(members, batch.state[seen], clipped[seen]) if seen else torch.zeros(2, 1)
-    value = pessimistic(q, args).mean()
+    q = literal_q_of(members, batch.state, clipped)
+    value = pessimistic(q[:, seen], args).mean() if seen else 0 * q.sum()
     with torch.no_grad():
         q_size = q.abs().mean() if args.variant == "released" else pessimistic(q_data, args).abs().mean()
-        q_size = torch.ones(()) if args.variant == "released" and not seen else q_size
         frozen = frozen or (q_size, log_p.abs().mean())
     if args.variant == "paper":
         loss = l_diff - args.eta / frozen[0] * (value - args.entropy_coef * log_p.mean())
@@ -1890,6 +1889,8 @@ def local_minari(monkeypatch, folder, local, remote=()):
         downloaded.append(dataset_id)
 
     downloaded = []
+    for dataset_id in local:
+        (folder / dataset_id / "data").mkdir(parents=True)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     monkeypatch.setattr(minari, "list_local_datasets", lambda *_, **__: dict.fromkeys(local))
     monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: dict.fromkeys(remote))
@@ -1908,7 +1909,10 @@ def test_data_minari_takes_the_newest_installed_version_else_the_newest_on_the_s
     assert downloaded == [], "what is installed is not downloaded"
     assert erdp.open_minari("a/maze-v11") == "a/maze-v11" and erdp.open_minari("a/pen") == "a/pen-v11"
     assert downloaded == ["a/maze-v11", "a/pen-v11"] and os.environ["MINARI_DATASETS_PATH"] == str(tmp_path)
-    assert {path.parent.name for path in tmp_path.rglob("data")} == {"maze-v11", "pen-v11"}
+    assert {path.parent.name for path in tmp_path.rglob("data")} - {Path(name).name for name in local} == {
+        "maze-v11",
+        "pen-v11",
+    }
     for name in ("a/maze-v3", "a/hand"):
         with pytest.raises(UserError, match=f"{name} .*server.*{tmp_path}.*a/maze-v10"):
             erdp.open_minari(name)
@@ -2410,11 +2414,11 @@ def test_runs_stopped_in_an_evaluation_record_nothing_of_it(finished, tmp_path, 
     assert_same("stopped in an evaluation", outcome(tmp_path / "run"), outcome(finished))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_runs_stop_at_a_signal_with_a_checkpoint_and_at_once_at_a_second(number, status, tmp_path, capsys):
+@pytest.mark.parametrize("number", erdp.STOPS, ids=lambda number: number.name)
+def test_runs_stop_at_a_signal_with_a_checkpoint_and_at_once_at_a_second(number, tmp_path, capsys):
     previous = signal.signal(number, signal.default_int_handler)  # so that SIGTERM cannot end this process
     try:
-        assert cut(tmp_path / "run", 6, lambda: signal.raise_signal(number)) == status
+        assert cut(tmp_path / "run", 6, lambda: signal.raise_signal(number)) == 128 + number
         assert checkpoint(tmp_path / "run")["step"] == 7
         assert "stopped at update 7: --resume goes on" in capsys.readouterr().out
         assert signal.getsignal(number) is signal.default_int_handler, "handlers are put back"
@@ -2876,6 +2880,7 @@ def refused(capsys, tmp_path):
         (["--precision", "tf32", "--device", "cpu"], ["--precision tf32", "--device cpu"]),
         (["--seed", str(2**63)], ["--seed", str(2**63), "less than 2**63"]),
         (["--checkpoint", "a.pt"], ["--checkpoint", "--eval-only"]),
+        (["--eval-env", "Hopper-v4"], ["--eval-env Hopper-v4", "toy"]),
         (["--eval-only"], ["policy.pt does not exist"]),
         (["--eval-only", "--checkpoint", "nowhere.pt"], ["nowhere.pt does not exist"]),
     ],
@@ -3041,7 +3046,7 @@ def test_bad_minari_files_are_refused(name, part, refused, minari_root, monkeypa
     dataset = make_minari(spec_of(LEDGER))
     path = minari_root / dataset / "data" / name
     os.truncate(path, int(part * path.stat().st_size))
-    refused([*SHORT.split(), "--dataset", dataset], dataset)
+    refused([*SHORT.split(), "--dataset", dataset], dataset, "cannot be read")
 
 
 @pytest.mark.parametrize("steps", ["x", math.nan])
@@ -3301,7 +3306,7 @@ def changed_at(whole, place, value):
 def test_bad_types_of_saved_settings_are_refused_where_they_are_loaded(finished, tmp_path):
     whole = checkpoint(finished, "policy.pt")
     for name in whole["args"]:
-        for value in (torch.zeros(3), {}, [1, 2]):
+        for value in (torch.zeros(3), {}, [1, 2], math.nan):
             torch.save(changed_at(whole, ("args", name), value), tmp_path / "policy.pt")
             with pytest.raises(UserError, match=f"its {name} is "):
                 erdp.load_file(tmp_path / "policy.pt")

@@ -284,6 +284,7 @@ ARMS |= {f"M{M}": dict(num_critics=M) for M in (1, 4, 16)}
 ARMS |= {"M1-nobackup": dict(num_critics=1, max_q_backup=False, eval_candidates=1)}
 ARMS |= {"M1-nobackup-alpha0": ARMS["M1-nobackup"] | dict(entropy_coef=0)}
 ARMS |= {"clipped-double-q": dict(pessimism="min", num_critics=2, entropy_coef=0), "debruijn": dict(variant="debruijn")}
+ARMS |= {f"debruijn-{alpha}": dict(variant="debruijn", entropy_coef=alpha) for alpha in (0.1, 0.3)}
 FAKE = f"""#!{sys.executable} -IS
 import os, re, signal, sys, time
 words, here = sys.argv[1:], os.environ
@@ -423,7 +424,9 @@ def test_run_all_lists_every_run_of_the_paper_and_changes_only_what_the_arm_says
 def test_run_all_sweeps_the_toys_shares():
     found = settings_of(listed("toy-sweep"))
     shares, arms = [f"toy-{share}" for share in (20, 10, 5, 2)], ("bc", "q", "ensemble", "paper", "debruijn")
-    assert found.keys() == {(share, arm, seed) for share in shares for arm in arms for seed in range(10)}
+    expected = {(share, arm, seed) for share in shares for arm in arms for seed in range(10)}
+    others = "released", "debruijn-0.1", "debruijn-0.3"
+    assert found.keys() == expected | {("toy-5", arm, seed) for arm in others for seed in range(5)}
     for (share, arm, seed), args in found.items():
         changed = dict(seed=seed, dataset=share, run_dir=f"runs/{share}__{arm}__{seed}") | ARMS[arm]
         expected = dataclasses.replace(erdp.preset("toy", changed.get("variant", "paper")), **changed)
@@ -453,7 +456,6 @@ def test_run_all_runs_what_it_lists_once_and_then_the_report(project):
     assert status == 0 and out.count(" is finished already\n") == 33
     assert project.calls() == ["results/report.py runs/quick"]
     assert project.run("task", "1", "quick")[0] == 0 and project.calls() == []
-    assert project.run("report", "quick")[0] == 0 and project.calls() == ["results/report.py runs/quick"]
 
 
 def test_run_all_goes_on_after_failed_and_killed_runs_and_names_them_at_the_end(project):
@@ -461,8 +463,9 @@ def test_run_all_goes_on_after_failed_and_killed_runs_and_names_them_at_the_end(
     assert status == 1 and len(project.calls()) == 34, "all others and the report have run"
     assert "toy__q__0 failed with status 1: see runs/quick/toy__q__0.log\n" in out
     assert "toy__q__4 failed with status 137: see runs/quick/toy__q__4.log\n" in out
-    last = [line.split(" ", 2)[2] for line in out.splitlines()[-3:]]
-    assert last == [f"toy__q__{seed} is not finished: see runs/quick/toy__q__{seed}.log" for seed in (0, 3, 4)]
+    assert out.splitlines()[-3:] == [
+        f"toy__q__{seed} is not finished: see runs/quick/toy__q__{seed}.log" for seed in (0, 3, 4)
+    ]
     assert (project.runs / "toy__q__0.log").read_text().splitlines()[1:] == ["erdp: it is broken"]
     assert project.run("task", number_of("toy__q__0"), "quick", BROKEN="q__0")[0] == 1
     assert project.run("task", number_of("toy__q__0"), "quick")[0] == 0
