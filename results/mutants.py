@@ -82,7 +82,7 @@ PARTS = {
     },
     "loaders": {
         "sparse_reward": "antmaze or reward",
-        "standardised": "reward",
+        "DOMAINS": "table4 or reward or evaluation or data",
         "toy_data": "toy",
         "flatten": "data",
         "evaluation_maze": "maze",
@@ -97,7 +97,7 @@ EQUIVALENT = {
     ("lcb", "return q.mean(0) - beta * var.masked_fill(agree, 1).sqrt().masked_fill(agree, 0)", "1", "2"): (
         "fills a place under a square root that is then set to 0"
     ),
-    ("standardised", "return (reward - reward.mean()) / (reward.std() or 1)", "1", "2"): (
+    ("DOMAINS", "reward=lambda reward: (reward - reward.mean()) / (reward.std() or 1),", "1", "2"): (
         "where the deviation is 0, so is what it divides"
     ),
 }

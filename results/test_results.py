@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -224,3 +225,16 @@ def test_results_scripts_refuse_bad_input_in_one_sentence(name, tmp_path, monkey
             script(name).main()
         said = capsys.readouterr()
         assert stop.value.code == 2 and not said.out and said.err.count("\n") == 1, said
+
+
+def test_results_mutants_change_every_function_that_they_name_and_run_tests_that_there_are():
+    mutants, root = script("mutants"), Path(erdp.__file__).parent
+    found = list(mutants.mutants((root / "erdp.py").read_text()))
+    named = {(part, name) for part, functions in mutants.PARTS.items() for name in functions}
+    assert {(mutant.part, mutant.function) for mutant in found} == named
+    assert {*mutants.EQUIVALENT} <= {(mutant.function, mutant.line, mutant.before, mutant.after) for mutant in found}
+    assert all(mutant.source != (root / "erdp.py").read_text() for mutant in found)
+    tests = re.findall(r"def (test_\w+)", (root / "test_erdp.py").read_text())
+    for selection in {mutant.tests for mutant in found}:
+        for word in selection.split(" or "):
+            assert any(word in test for test in tests), f"no test has {word} in its name"
