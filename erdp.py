@@ -1473,9 +1473,9 @@ class Run:
         args, task = self.args, self.task
         mean = float(task.returns.mean())
         data = dict(data_episodes=len(task.returns), data_return=mean, data_score=task.score(mean))
-        packages = "torch", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
+        packages = "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
         versions = {name: importlib.metadata.version(name) for name in packages}
-        versions["python"] = sys.version.split()[0]
+        versions |= dict(torch=torch.__version__, python=sys.version.split()[0])  # torch with its build, as +cu130
         device = f"CPU ({torch.get_num_threads()} threads)"
         if args.device.startswith("cuda"):
             device = torch.cuda.get_device_name(args.device)

@@ -2501,10 +2501,10 @@ def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
     x, y = reward.lines[0].get_data()
     agree("the reward", y, toy_reward(x))
     assert len(density.patches) == 60, "the data's density, beside it"
-    returns = [(row["step"], row["return_mean"]) for row in checkpoint(tmp_path / "run")["rows"]]
-    agree("the return while training", np.array(curve.lines[0].get_data()).T, returns)
+    scores = [(row["step"], row["score_mean"]) for row in checkpoint(tmp_path / "run")["rows"]]
+    agree("the score while training", np.array(curve.lines[0].get_data()).T, scores)
     (level,) = set(curve.lines[1].get_ydata())
-    assert level == config_of(tmp_path / "run")["data_return"], "beside that of the data"
+    assert level == config_of(tmp_path / "run")["data_score"], "beside that of the data"
     mean, below = (line.get_ydata() for line in q.lines)
     assert len(q.collections) == 1 and (np.asarray(below) <= np.asarray(mean)).all(), "Q, its spread, and its LCB below"
 
