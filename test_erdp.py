@@ -16,7 +16,6 @@ which error it `sees`, and fails if it could miss such an error for more than on
 """
 
 import contextlib
-import copy
 import csv
 import dataclasses
 import functools
@@ -795,10 +794,18 @@ def test_noise_network_has_the_papers_sizes_and_pytorchs_initialisation():
     assert_law("biases: uniform in ±1/sqrt(fan-in)", biases, scipy.stats.uniform(-1, 2), 0.26, comparisons=7)
 
 
+OF_A_MEMBER = [f"{kind}.{layer}" for kind in ("weights", "biases") for layer in range(4)]  # what `literal_q` reads
+
+
 def members_of(critics, requires_grad=False):
-    """The parameters of each member of a QEnsemble on their own, [W, b, W, b, ...], copied."""
-    layers = [p for pair in zip(critics.weights, critics.biases) for p in pair]
-    return [[p[m].detach().clone().requires_grad_(requires_grad) for p in layers] for m in range(len(layers[0]))]
+    """The parameters of each member of the ensemble on their own, by name, copied: `literal_q` computes with them."""
+    named = dict(critics.named_parameters())
+    assert [*named] == OF_A_MEMBER, (
+        f"critics of the class {type(critics).__name__} are new here: write in `literal_q` how one member's Q is "
+        f"computed, as an independent formula, and in `members_of` which of {[*named]} a member has"
+    )
+    numbers = range(len(named[OF_A_MEMBER[0]]))
+    return [{k: p[m].detach().clone().requires_grad_(requires_grad) for k, p in named.items()} for m in numbers]
 
 
 @settings(max_examples=20)
@@ -810,7 +817,8 @@ def test_ensemble_equals_separate_networks_over_any_leading_axes(M, lead, S, A, 
     action = gaussian(*lead, A, seed=seed + 2).requires_grad_()
     members = members_of(critics, requires_grad=True)
     expected = literal_q_of(members, state.reshape(-1, S), action.reshape(-1, A)).reshape(M, *lead)
-    slope, *slopes = torch.autograd.grad((expected * weight).sum(), [action, *(p for m in members for p in m)])
+    parameters = [p for member in members for p in member.values()]
+    slope, *slopes = torch.autograd.grad((expected * weight).sum(), [action, *parameters])
     q, still = critics(state, action), critics(state, action, frozen=True)
     agree("QEnsemble (M, ...), state before action", q, expected)
     assert torch.equal(still, q), "frozen does not change the values"
@@ -820,8 +828,8 @@ def test_ensemble_equals_separate_networks_over_any_leading_axes(M, lead, S, A, 
     action.grad = None
     (q * weight).sum().backward()
     agree("QEnsemble: gradient to the action", action.grad, slope)
-    for k, p in enumerate(p for pair in zip(critics.weights, critics.biases) for p in pair):
-        agree("QEnsemble: gradient to the weights and biases", p.grad, torch.stack(slopes[k::8]))
+    for k, (name, p) in enumerate(critics.named_parameters()):
+        agree(f"QEnsemble: gradient to {name}", p.grad, torch.stack(slopes[k :: len(members[0])]))
 
 
 def rounded(x):
@@ -834,13 +842,14 @@ def test_precision_bf16_rounds_the_factors_and_the_products_between_hidden_layer
     torch.manual_seed(0)
     critics = QEnsemble(3, 2, 4, 16, bf16=True)
     state, action = (gaussian(6, n, seed=n).float().requires_grad_() for n in (3, 2))
-    q = critics(state, action)
-    weights, biases = ([p.detach().double().numpy() for p in part] for part in (critics.weights, critics.biases))
-    h = np.concatenate([state.detach(), action.detach()], 1).astype(float) @ weights[0] + biases[0]
-    for weight, bias in zip(weights[1:3], biases[1:3]):
-        h = rounded(rounded(F.mish(torch.tensor(h)).numpy()) @ rounded(weight)) + bias
-    expected = (F.mish(torch.tensor(h)).numpy() @ weights[3] + biases[3])[..., 0]
-    step = 2**-8 * np.abs(expected - biases[3][..., 0]).max()  # a tie may be rounded either way
+    q, expected = critics(state, action), []
+    for member in members_of(critics):
+        *weights, last, b_0, b_1, b_2, b_3 = (p.double().numpy() for p in member.values())
+        h = np.concatenate([state.detach(), action.detach()], 1).astype(float) @ weights[0] + b_0
+        for weight, bias in zip(weights[1:], (b_1, b_2)):
+            h = rounded(rounded(F.mish(torch.tensor(h)).numpy()) @ rounded(weight)) + bias
+        expected.append((F.mish(torch.tensor(h)).numpy() @ last + b_3)[:, 0])
+    step = 2**-8 * np.abs(np.subtract(expected, b_3)).max()  # a tie may be rounded either way
     agree("QEnsemble in bfloat16", q, expected, rtol=0, atol=step / 8)
     critics.bf16 = False
     exact = critics(state, action)
@@ -854,6 +863,7 @@ def test_precision_bf16_rounds_the_factors_and_the_products_between_hidden_layer
 def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
     torch.manual_seed(0)
     critics = QEnsemble(40, 2, 8)
+    assert len(members_of(critics)) == 8 and len(members_of(QEnsemble(1, 1))) == 64, "64 members by default"
     assert [tuple(p.shape) for p in critics.weights] == [(8, 42, 256), (8, 256, 256), (8, 256, 256), (8, 256, 1)]
     assert [tuple(p.shape) for p in critics.biases] == [(8, 1, 256), (8, 1, 256), (8, 1, 256), (8, 1, 1)]
     for weight in critics.weights[:3]:
@@ -865,7 +875,6 @@ def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
     many = QEnsemble(1, 1, 1000, 4).biases[3]
     assert 2.9e-3 < many.max() <= 3e-3 and -3e-3 <= many.min() < -2.9e-3, "last biases are uniform in +-3e-3"
     assert len(critics.weights[3].unique()) > 2000, "members differ"
-    assert len(QEnsemble(1, 1).weights[0]) == 64, "64 members by default"
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["64", "32"])
@@ -1054,11 +1063,7 @@ def test_eq15_gradient_equals_finite_differences(variant, loss, pessimism):
 @given(st.fixed_dictionaries(CHOICES), st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(choices, c, seed):
     p = problem(seed, entropy_coef=0.0, **choices)
-    scaled = copy.deepcopy(p.critics)
-    with torch.no_grad():
-        scaled.weights[3].mul_(c)
-        scaled.biases[3].mul_(c)
-    gradient = p.gradient(critics=scaled, q_data=c * p.q_data)
+    gradient = p.gradient(critics=lambda *given, **flags: c * p.critics(*given, **flags), q_data=c * p.q_data)
     agree("Eq. 12: lambda takes out the scale of Q", gradient, p.gradient(), rtol=1e-8)
     without_q = p.gradient(args=Args(**vars(p.args) | dict(eta=0.0)))
     inside = p.a_0.abs() < 1
@@ -1314,10 +1319,10 @@ def literal_targets(members, batch, next_action, discount, pessimism):
 
 
 def literal_q(member, state, action):
-    """Q of one member at one state and action, a scalar."""
+    """Q of one member, from its parameters by name, at one state and action: a scalar."""
     h = torch.cat([state, action])
     for layer in range(4):
-        h = h @ member[2 * layer] + member[2 * layer + 1][0]
+        h = h @ member[f"weights.{layer}"] + member[f"biases.{layer}"][0]
         h = literal_mish(h) if layer < 3 else h
     return h[0]
 
@@ -1423,7 +1428,7 @@ class Algorithm1:
         self.critics = members_of(agent.critics, requires_grad=True)
         self.critics_target = members_of(agent.critics_target)
         self.policy_adam = Adam(list(self.policy.values()), self.args.lr)
-        self.critic_adam = Adam([p for member in self.critics for p in member], self.args.critic_lr)
+        self.critic_adam = Adam([p for member in self.critics for p in member.values()], self.args.critic_lr)
 
     def update(self, batch, noise):
         args, T, B = self.args, self.args.num_diffusion_steps, len(batch.state)
@@ -1450,7 +1455,7 @@ class Algorithm1:
                     self.policy_ema[name] = args.ema_rate * p + (1 - args.ema_rate) * self.policy_ema[name]
             for target, member in zip(self.critics_target, self.critics):
                 rate = args.target_rate
-                target[:] = [rate * new + (1 - rate) * old for old, new in zip(target, member)]
+                target |= {key: rate * new + (1 - rate) * target[key] for key, new in member.items()}
         self.updates += 1
         return dict(critic_loss=q_loss.detach(), q=q.mean().detach()) | {k: v.detach() for k, v in terms.items()}
 
@@ -1460,16 +1465,15 @@ class Algorithm1:
                 agree(f"{claim}: {name}, {key}", p, getattr(self, name)[key], rtol=1e-9)
         for name in ("critics", "critics_target"):
             for m, member in enumerate(members_of(getattr(agent, name))):
-                for k, p in enumerate(member):
-                    agree(f"{claim}: {name}, member {m}, tensor {k}", p, getattr(self, name)[m][k], rtol=1e-9)
+                for key, p in member.items():
+                    agree(f"{claim}: {name}, member {m}, {key}", p, getattr(self, name)[m][key], rtol=1e-9)
         policy, critics = (o.state_dict()["state"] for o in (agent.policy_optimizer, agent.critic_optimizer))
         tight = dict(rtol=1e-8, atol=1e-13)
         for name, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):  # of PyTorch's Adam, and of ours
             for k, state in policy.items():
                 agree(f"{claim}: {name} of the policy", state[name], getattr(self.policy_adam, moment)[k], **tight)
             for k, state in critics.items():
-                place = 2 * (k % 4) + k // 4  # in PyTorch's order the ensemble's 4 weights come before its 4 biases
-                members = getattr(self.critic_adam, moment)[place::8]
+                members = getattr(self.critic_adam, moment)[k :: len(critics)]
                 agree(f"{claim}: {name} of Q", state[name], torch.stack(members), **tight)
 
 
@@ -1483,10 +1487,11 @@ def agent64(seed=0, **choices) -> Agent:
     with torch.no_grad():
         for module in (agent.policy, agent.critics, agent.policy_ema, agent.critics_target):
             module.double()
-        for p in (*agent.policy_ema.parameters(), *agent.critics_target.parameters()):
-            p.add_(0.02 * torch.randn_like(p))
-        agent.critics.weights[3].mul_(100)
-        agent.critics_target.weights[3].mul_(100)
+        for p in agent.critics.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # at first Q is all but 0
+        for module, source in ((agent.policy_ema, agent.policy), (agent.critics_target, agent.critics)):
+            for p, followed in zip(module.parameters(), source.parameters()):
+                p.copy_(followed + 0.02 * torch.randn_like(p))
     return agent
 
 
