@@ -225,19 +225,6 @@ def analytic_predictor(bar, weights=WEIGHTS, means=MEANS, widths=WIDTHS):
 
 
 # ==== Eq. 1-2: the SDE and its transitions ============================================================================
-KNOWN = dict(
-    cosine=[0, 0.1975, 0.9015, 2.2873, 4.3504, 6.9078],
-    constant=[0, 1.3816, 2.7631, 4.1447, 5.5262, 6.9078],
-    linear=[0, 0.0137, 0.7114, 2.0929, 4.1584, 6.9078],
-    vp=[0, 0.4697, 1.5701, 3.0948, 4.9052, 6.9078],
-)
-
-
-@pytest.mark.parametrize("schedule", KNOWN)
-def test_theta_schedules_have_the_known_values_at_five_steps(schedule):
-    agree(f"theta_bar of {schedule}, T = 5", sde64(5, schedule).theta_bar, KNOWN[schedule], rtol=0, atol=5.1e-5)
-
-
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES))
 def test_theta_schedules_follow_their_formulas(T, schedule):
     sde, (prime, bar) = sde64(T, schedule), literal_theta(schedule, T)
@@ -245,15 +232,6 @@ def test_theta_schedules_follow_their_formulas(T, schedule):
     agree(f"theta_bar of {schedule}", sde.theta_bar, bar, atol=0)
     steps = torch.arange(1, T + 1)
     agree(f"theta' of {schedule}, (T, 1)", sde.between(steps - 1, steps), prime[1:, None], atol=1e-13)
-
-
-def euler_moments(theta_steps, substeps):
-    """Mean and variance from x = 1 after Euler-Maruyama steps of Eq. 1, theta constant within a step."""
-    mean, var = 1.0, 0.0
-    for theta in theta_steps:
-        for _ in range(substeps):
-            mean, var = mean * (1 - theta / substeps), var * (1 - theta / substeps) ** 2 + 2 * theta / substeps
-    return np.array([mean, var])
 
 
 @pytest.mark.parametrize("schedule, T, tau, t", [("cosine", 5, 1, 4), ("linear", 8, 0, 5)], ids=["cosine", "linear"])
@@ -266,37 +244,11 @@ def test_eq1_simulated_sde_has_the_moments_and_law_of_eq2(schedule, T, tau, t):
     assert_gaussian("Eq. 1: paths", x, decay * x_tau, math.sqrt(var), sees=0.035)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_eq2_is_the_limit_of_euler_maruyama_at_first_order(schedule):
-    for T, tau, t in ((2, 0, 1), (2, 1, 2), (6, 0, 6), (6, 1, 3), (6, 3, 5)):
-        steps = literal_theta(schedule, T)[0][tau + 1 : t + 1]
-        limit = np.array([float(c) for c in sde64(T, schedule).transition(tau, t)])
-        errors = [euler_moments(steps, substeps) - limit for substeps in (300, 600)]
-        agree("Eq. 2: error of half the Euler step over the whole one's", errors[1] / errors[0], [0.5, 0.5], rtol=0.03)
-        agree("Eq. 2: extrapolated Euler steps", 2 * errors[1] - errors[0], [0, 0], atol=2e-4)
-
-
 @given(cases())
 def test_eq2_log_prob_equals_scipy(case):
     law = norm(np.exp(-case.between) * case.y.numpy(), np.sqrt(-np.expm1(-2 * case.between)))
     expected = law.logpdf(case.x.numpy()).sum(-1)
     agree("log_prob: SciPy's, summed over dimensions", case.sde.log_prob(case.x, case.y, case.tau, case.t), expected)
-
-
-@given(st.data(), st.integers(2, 100), st.sampled_from(SCHEDULES))
-def test_eq2_transitions_compose(data, T, schedule):
-    sde, (tau, s, t) = sde64(T, schedule), sorted(data.draw(st.integers(0, T)) for _ in range(3))
-    (scale_1, var_1), (scale_2, var_2), (scale, var) = (sde.transition(*pair) for pair in ((tau, s), (s, t), (tau, t)))
-    agree("Eq. 2: tau to s to t scales as tau to t", scale_1 * scale_2, scale)
-    agree("Eq. 2: tau to s to t spreads as tau to t", scale_2**2 * var_1 + var_2, var)
-
-
-@given(st.integers(2, 100), st.sampled_from(SCHEDULES))
-def test_eq2_ends_in_a_standard_gaussian(T, schedule):
-    scale, var = sde64(T, schedule).transition(0, T)
-    assert 0 < scale <= 1e-3 * (1 + 1e-12), "for abs x_0 <= 1 the mean of x_T is at most 1e-3"
-    assert abs(var - 1) <= 1e-5, "the variance of x_T is 1"
-    agree("theta_bar_T is -ln(1e-3), whatever the schedule", scale, 1e-3)
 
 
 # Each equation of the SDE at one time, as a function of (sde, t, x, y, z).
@@ -326,7 +278,7 @@ def test_sde_int_and_tensor_times_agree(case):
 
 def test_sde_rejects_ints_off_its_grid_and_times_that_descend():
     sde, x = sde64(), torch.zeros(2)
-    for tau, t in ((2, 1), (-1, 3), (0, 6), (5, 4)):
+    for tau, t in ((2, 1), (-1, 3), (0, 6)):
         for function in (sde.transition, sde.between, sde.decay, sde.var, functools.partial(sde.log_prob, x, x)):
             with pytest.raises(ValueError, match=rf"\[{tau}, {t}\] must ascend from 0 to T = 5"):
                 function(tau, t)
@@ -388,12 +340,6 @@ def test_eq3_reverse_sde_with_the_exact_score_approaches_the_mixture():
 
 
 # ==== Eq. 4, 28, 30: diffusing, and the score =========================================================================
-@given(cases())
-def test_eq4_diffuses_with_the_coefficients_of_eq2(case):
-    expected = np.exp(-case.bar) * case.x.numpy() + np.sqrt(1 - np.exp(-2 * case.bar)) * case.y.numpy()
-    agree("Eq. 4", case.sde.diffuse(case.x, case.t, case.y), expected)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_eq4_has_the_law_of_eq2(schedule):
     x_0, (_, bar) = 1.6, literal_theta(schedule, 5)
@@ -472,15 +418,6 @@ LITERAL_LOSSES = dict(
 )
 
 
-@pytest.mark.parametrize("loss", erdp.LOSSES)
-@given(case=cases())
-def test_eq5_and_the_other_diffusion_losses_equal_their_formulas(case, loss):
-    symbols = (torch.tensor(symbol) for symbol in (case.prime, case.bar, case.before))
-    x_t = case.sde.diffuse(case.x, case.t, case.y)
-    expected = own(LITERAL_LOSSES, loss)(*symbols, case.x, x_t, case.y, case.z)
-    agree(f"the {loss} loss", loss_of(case, case.z, loss), expected)
-
-
 @given(cases())
 def test_likelihood_loss_has_its_minimum_at_the_closed_form(case):
     """Rows that share x_t and t, with other noise: the best common prediction, from E(eps | x_t) = their mean."""
@@ -523,19 +460,6 @@ def test_eq7_posterior_matches_bayes_rule(case):
     agree("Eq. 6-7: log density, as of Eq. 34", log_p, likelihood + prior - evidence, atol=1e-10 * size)
 
 
-def test_eq7_regression_of_simulated_states_finds_the_posterior():
-    (prime, bar), rng, x_0, n = literal_theta("cosine", 5), np.random.default_rng(5), 0.9, 200_000
-    for t in (2, 3, 4):
-        x = math.exp(-bar[t - 1]) * x_0 + math.sqrt(1 - math.exp(-2 * bar[t - 1])) * rng.standard_normal(n)
-        x_t = math.exp(-prime[t]) * x + math.sqrt(1 - math.exp(-2 * prime[t])) * rng.standard_normal(n)
-        expected = sde64().posterior(torch.tensor([0.0, 1.0]), torch.tensor([x_0, x_0]), t)
-        (at_0, at_1), var = expected[0].tolist(), float(expected[1])
-        residual = x - at_0 - (at_1 - at_0) * x_t
-        assert_gaussian(f"Eq. 7: residual at t = {t}", residual, 0.0, math.sqrt(var), sees=0.03, comparisons=4)
-        products = residual / math.sqrt(var) * (x_t - x_t.mean()) / x_t.std()
-        assert_mean(f"Eq. 7: slope at t = {t}", products, 0.0, sees=0.03, comparisons=12)
-
-
 @given(cases())
 def test_eq7_last_step_returns_x0_without_noise(case):
     for t in (1, torch.ones_like(case.t)):
@@ -550,26 +474,18 @@ def test_eq8_inverts_eq4(case):
     agree("Eq. 4 of Eq. 8", sde.diffuse(sde.predict_x0(case.z, t, eps), t, eps), case.z)
 
 
-def test_eq8_multiplies_errors_of_the_noise_by_up_to_a_thousand():
-    zero, one, t = torch.zeros(5, 1, dtype=torch.float64), torch.ones(5, 1, dtype=torch.float64), torch.arange(1, 6)
-    in_x_0 = sde64().predict_x0(zero, t, one)
-    agree("Eq. 8 in x0-hat", -in_x_0[:, 0], [0.70, 2.25, 9.8, 77.5, 1000], rtol=6e-3)
-    in_mean, _ = sde64().posterior(zero, in_x_0, t)
-    agree("Eq. 8 in the posterior mean", -in_mean[:, 0], [0.70, 1.67, 3.77, 7.74, 12.8], rtol=6e-3)
-
-
-@settings(max_examples=15)
 @given(cases(first=2))
 def test_a3_posterior_mean_is_the_optimal_reverse_path(case):
-    def cost(x, row, x_t, x_0):
-        likelihood, prior, _ = log_densities_of_eq34(row, x, x_t, x_0)
-        return -likelihood - prior  # Eq. 38
+    """Eq. 38's cost is a parabola in x_{t-1}: its least value lies halfway between two points of equal cost."""
 
-    mean, _ = case.sde.posterior(case.x, case.y, case.t)
-    for b, a in np.ndindex(*case.x.shape):
-        row = case._replace(**{name: float(getattr(case, name)[b, 0]) for name in ("prime", "bar", "before")})
-        best = scipy.optimize.minimize_scalar(cost, args=(row, float(case.x[b, a]), float(case.y[b, a]))).x
-        agree("A.3: argmin of Eq. 37", mean[b, a], best, atol=1e-5)
+    def cost(x):
+        likelihood, prior, _ = log_densities_of_eq34(case, x, case.x.numpy(), case.y.numpy())
+        return -likelihood - prior
+
+    mean, var = (moment.numpy() for moment in case.sde.posterior(case.x, case.y, case.t))
+    before, at, after = (cost(mean + step * np.sqrt(var)) for step in (-1, 0, 1))
+    agree("A.3: as far before the mean as after it", after - before, 0 * mean, atol=1e-9 * (1 + np.abs(at).max()))
+    assert (after > at).all(), "A.3: a minimum of Eq. 37"
 
 
 # ==== Eq. 10 and Figure 2: sampling ===================================================================================
@@ -603,13 +519,6 @@ def test_eq10_sampler_follows_eq8_eq7_and_eq6_step_by_step(T, schedule, clip_den
     agree("Eq. 10", action, expected, rtol=1e-9)
 
 
-def affine_law(function, T):
-    """Mean and variance, without sampling, of function(noise (T, B, 1)) that is affine in standard Gaussian noise."""
-    noise = torch.cat([torch.zeros(T, 1), torch.eye(T)], 1)[..., None].double()
-    x = function(noise)[:, 0]
-    return float(x[0]), float(((x[1:] - x[0]) ** 2).sum())
-
-
 def gaussian_recursion(schedule, T, mean, width):
     """Moments of a^1 and a^0 of the sampler with the analytic predictor of N(mean, width^2), by recursion."""
     prime, bar = literal_theta(schedule, T)
@@ -623,14 +532,6 @@ def gaussian_recursion(schedule, T, mean, width):
         m = of_x_t * m + of_x_0 * (mean + gain * (m - decay * mean))
         v = (of_x_t + of_x_0 * gain) ** 2 * v + past * step / var
     return at_1, (m, v)
-
-
-@given(st.integers(2, 60), st.sampled_from(SCHEDULES), st.floats(-0.8, 0.8), st.floats(0.05, 1))
-def test_eq10_sampler_has_the_moments_of_the_closed_form_recursion(T, schedule, mean, width):
-    network = analytic_predictor(literal_theta(schedule, T)[1], np.ones(1), np.array([mean]), np.array([width]))
-    law = affine_law(lambda noise: erdp.sample_actions(network, sde64(T, schedule), None, noise, False, False), T)
-    _, expected = gaussian_recursion(schedule, T, mean, width)
-    agree("Eq. 10: mean and variance for a Gaussian policy", law, expected, rtol=1e-9)
 
 
 def test_eq10_samples_approach_a_mixture_as_the_steps_grow():
@@ -658,21 +559,6 @@ def test_figure2_optimal_sampling_reconstructs_x0_exactly_at_every_t(T, schedule
     for clips in ((True, True), (False, False)):
         action = erdp.sample_actions(true_noise, sde64(T, schedule), None, noise, *clips)
         agree("Figure 2: the sampler returns x_0", action, np.full((3, 2), x_0))
-
-
-def test_figure2_reverse_sde_needs_many_steps_to_reconstruct_x0():
-    x_0, errors = torch.tensor([[0.7]], dtype=torch.float64), []
-    for T in (5, 30, 100):
-
-        def reverse(noise, T=T):
-            sde, x_t = sde64(T), noise[0]
-            for t in range(T, 0, -1):
-                x_t = sde.reverse_sde_step(x_t, t, sde.score(x_t, x_0, t), noise[T - t + 1])
-            return x_t
-
-        mean, var = affine_law(reverse, T + 1)
-        errors.append(math.sqrt((mean - 0.7) ** 2 + var))
-    assert errors[0] > 3 * errors[1] > 6 * errors[2] > 0.06, f"Figure 2: rms errors {errors} of the reverse SDE"
 
 
 # ==== Eq. 13 and 14: the policy's log probability =====================================================================
@@ -721,17 +607,6 @@ def test_eq14_equals_the_joint_gaussians_conditional_density(case):
         expected[b] += joint - norm.logpdf(x_T, mean[1], math.sqrt(var_T))
         size = max(size, abs(joint))
     agree("Eq. 14", case.sde.log_prob_x1(case.x, case.y, case.z), expected, atol=1e-9 * size)
-
-
-def test_eq14_is_the_density_of_simulated_states():
-    (prime, _), rng, n = literal_theta("constant", 3), np.random.default_rng(7), 100_000
-    path = [np.full((n, 1), 0.8)]
-    for theta in prime[1:]:
-        path.append(math.exp(-theta) * path[-1] + math.sqrt(1 - math.exp(-2 * theta)) * rng.standard_normal((n, 1)))
-    x_0, x_1, _, x_T = (torch.tensor(x) for x in path)
-    log_p = [sde64(3, "constant").log_prob_x1(x_1 + shift, x_T, x_0) for shift in (-1, 0, 1)]
-    precision, slope = 2 * log_p[1] - log_p[0] - log_p[2], (log_p[2] - log_p[0]) / 2  # of a parabola in x_1
-    assert_gaussian("Eq. 14: x_1 given x_T and x_0, standardised", -slope / precision.sqrt(), 0.0, 1.0, sees=0.035)
 
 
 # ==== Networks ========================================================================================================
@@ -914,14 +789,6 @@ def test_eq13_to_15_log_prob_of_both_variants(T, schedule, variant, seed):
     expected = literal_log_prob(variant, *literal_theta(schedule, T), a_0, eps_hat, a_T)
     log_p = erdp.policy_log_prob(sde64(T, schedule), a_0, eps_hat, a_T, variant)
     agree(f"log p(a^1 | a^T), {variant}", log_p, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_released_log_prob_rewards_large_actions_alone():
-    a_0, a_T = torch.tensor([[[0.0], [1.0], [0.0], [1.0]], [[0.0], [0.0], [1.0], [1.0]]], dtype=torch.float64)
-    entropy = -erdp.policy_log_prob(sde64(), a_0, 0 * a_0, a_T, "released")
-    agree("-log p at a_0 = a_T = 0", entropy[0], 0.779, atol=6e-4)
-    agree("coefficient of a_0^2", entropy[1] - entropy[0], 0.0628, atol=6e-5)
-    agree("coefficient of a_0 a_T", entropy[3] - entropy[2] - entropy[1] + entropy[0], -0.0008, atol=6e-5)
 
 
 class Problem(NamedTuple):
