@@ -63,7 +63,7 @@ PARTS = {
         "noise_loss": "eq5",
         "likelihood_loss": "eq5 or likelihood_loss",
         "posterior_loss": "eq5 or posterior_loss",
-        "policy_log_prob": "eq13 or log_prob",
+        "policy_log_prob": "eq15",
         "entropy_weights": "entropy or debruijn",
         "entropy_estimate": "entropy or debruijn",
         "policy_loss": "eq15 or eq12",
