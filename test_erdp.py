@@ -2902,23 +2902,16 @@ def test_bad_resume_past_the_end_or_on_other_data_is_refused(refused, copied, mo
     refused(["--resume"], "'transitions': 512", "'transitions': 154", folder=copied)
 
 
-@pytest.mark.parametrize("refs", [(1, 1), ("x", 2), (math.nan, 1), (0, math.inf), (0,), ([], 1), (0, 10**400)], ids=str)
-def test_bad_reference_scores_are_refused(refs):
-    with pytest.raises(UserError, match="reference scores"):
-        erdp.make_task("toy", None, "x", erdp.TOY, refs)
+REFS = [(1, 1), ("x", 2), (math.nan, 1), (0, math.inf), (0,), ([], 1), (0, 10**400)]
+BAD_TASKS = [("toy", refs, "reference scores") for refs in REFS] + [
+    ("adroit", (0, 1), "Toy-v0 is not of the domain adroit")
+]
 
 
-def test_bad_environment_of_another_domain_is_refused():
-    with pytest.raises(UserError, match="Toy-v0 is not of the domain adroit"):
-        erdp.make_task("adroit", None, "x", erdp.TOY, (0, 1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["--help | head -1", "--num-steps 20 --eval-every 20 --eval-episodes 1 2>&-"])
-def test_runs_of_a_real_process_survive_closed_streams(command, tmp_path):
-    words = f"{sys.executable} {erdp.__file__} {command}"
-    done = subprocess.run(words, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout, done
+@pytest.mark.parametrize("domain, refs, words", BAD_TASKS, ids=str)
+def test_bad_reference_scores_and_domains_are_refused(domain, refs, words):
+    with pytest.raises(UserError, match=words):
+        erdp.make_task(domain, None, "x", erdp.TOY, refs)
 
 
 BAD_VALUES = dict(missing=None, text="x", tensor=torch.zeros(3), dict={}, numbers=[1, 2])
@@ -2993,41 +2986,29 @@ def test_help_shows_the_rows_own_settings(capsys):
 
 
 # ==== Real processes ==================================================================================================
-@pytest.fixture
-def process():
-    """Starts Python processes; those that a failed test leaves behind are killed."""
-    with contextlib.ExitStack() as end:
-
-        def start(*argv, **options):
-            env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(erdp.__file__).parent))
-            pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            options["env"] = env | options.get("env", {})
-            child = end.enter_context(subprocess.Popen([sys.executable, *map(str, argv)], **pipes | options))
-            end.callback(child.kill)
-            return child
-
-        yield start
-
-
 PLAIN = dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # a terminal without Unicode
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "argv, words, env",
+    "command, words, env",
     [
-        (["--env", "hopper-medium-v2", "--dataset", "missing.hdf5"], "missing.hdf5 does not exist", {}),
-        (["--env", "hopper-medium-v2", "--dataset", "a.csv"], "Minari id", dict(MUJOCO_GL="osmesa")),
-        (["--variant", "other"], "invalid choice 'other'", PLAIN),
+        ("--env hopper-medium-v2 --dataset missing.hdf5", "missing.hdf5 does not exist", {}),
+        ("--env hopper-medium-v2 --dataset a.csv", "Minari id", dict(MUJOCO_GL="osmesa")),  # no such renderer
+        ("--variant other", "invalid choice 'other'", PLAIN),
+        ("--help | head -1", None, {}),
+        ("--num-steps 20 --eval-every 20 --eval-episodes 1 2>&-", None, {}),
     ],
-    ids=["missing file", "a renderer that is not there", "no Unicode"],
 )
-def test_bad_input_of_a_real_process(argv, words, env, process, tmp_path):
-    child = process(erdp.__file__, *argv, cwd=tmp_path, env=env)
-    out, err = child.communicate(timeout=120)
-    assert (child.returncode, out) == (2, ""), f"status {child.returncode}, expected 2: {err}"
-    assert err.startswith("erdp: ") and err.count("\n") == 1 and words in err, f"not one sentence: {err!r}"
-    assert list(tmp_path.iterdir()) == []
+def test_real_processes_say_one_sentence_of_bad_input_and_survive_closed_streams(command, words, env, tmp_path):
+    command, env = f"{sys.executable} {erdp.__file__} {command}", os.environ | env
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    if words is None:
+        assert done.returncode == 0 and done.stderr == "" and done.stdout, done
+    else:
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert re.fullmatch(f"erdp: .*{words}.*\n", done.stderr), f"not one sentence: {done.stderr!r}"
+        assert list(tmp_path.iterdir()) == []
 
 
 def children(pid) -> list:
@@ -3048,19 +3029,20 @@ def waited_for(condition, child=None):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_runs_of_a_real_process_end_with_their_workers_and_go_on(number, status, process, minari_root, tmp_path):
+def test_real_processes_end_with_their_workers_and_go_on(number, status, minari_root, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     dataset = make_minari(spec_of(f"{Path(__file__).stem}:Ledger"))
     argv = [*SHORT.replace("--eval-every 2", "--eval-every 1000000").split(), "--dataset", dataset]
-    child = process(erdp.__file__, *argv, "--run-dir", ours, "--num-steps", 1_000_000)
-    workers = waited_for(lambda: len(found := children(child.pid)) >= 3 and found, child)
-    waited_for(lambda: list(ours.glob("events*")), child)
-    time.sleep(1)
-    if number == signal.SIGKILL:
-        child.kill()
-    else:
-        os.kill(child.pid, number)
-    out, err = child.communicate(timeout=120)
+    command = [sys.executable, erdp.__file__, *argv, "--run-dir", str(ours), "--num-steps", "1000000"]
+    options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options["env"] = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
+    with subprocess.Popen(command, **options) as child, contextlib.ExitStack() as end:
+        end.callback(child.kill)  # if anything fails
+        workers = waited_for(lambda: len(found := children(child.pid)) >= 3 and found, child)
+        waited_for(lambda: list(ours.glob("events*")), child)
+        time.sleep(1)
+        child.send_signal(number)
+        out, err = child.communicate(timeout=120)
     assert child.returncode == status, err
     waited_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
     step = checkpoint(ours)["step"]
@@ -3277,22 +3259,17 @@ def check_fast_updates(device, updates, capture=False, **choices):
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_updates_are_the_eager_ones(monkeypatch, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_compiled_updates_are_the_eager_ones(device, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    check_fast_updates("cpu", 12, compile=True, ema_start=3, max_q_backup=True, num_diffusion_steps=2)
+    choices = dict(compile=True, ema_start=3, max_q_backup=True, num_diffusion_steps=2)
+    check_fast_updates(device, 12, capture=device == "cuda", **choices)
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", ALGORITHM1)
 def test_cuda_captured_updates_are_the_eager_ones(name):
     check_fast_updates("cuda", 100, capture=True, **dict(ema_start=20) | ALGORITHM1[name])
-
-
-@pytest.mark.slow
-@needs_cuda
-def test_cuda_compiled_and_captured_updates_are_the_eager_ones(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    check_fast_updates("cuda", 100, capture=True, compile=True, ema_start=20)
 
 
 @pytest.mark.slow
