@@ -1241,6 +1241,7 @@ ALGORITHM1 = {
     "antmaze": dict(max_q_backup=True, eta=2.0, num_diffusion_steps=3),
     "clipped gradients": dict(grad_norm=0.05, entropy_coef=0.5, lr=3e-5),
     "min": dict(pessimism="min", variant="released", loss="posterior", schedule="linear"),
+    "debruijn": dict(variant="debruijn", q_time=2, entropy_coef=0.1),
     "one member": dict(num_critics=1, variant="released", entropy_coef=0.0, schedule="constant"),
     "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=3, ema_start=0, critic_lr=1e-2),
 }
@@ -1957,18 +1958,14 @@ def outcome(folder) -> dict:
 
 def assert_same(claim, ours, theirs):
     """The same bit for bit, through nested dicts and lists."""
-    if isinstance(ours, dict):
+    if isinstance(ours, dict | list):
+        ours, theirs = (dict(enumerate(parts) if isinstance(parts, list) else parts) for parts in (ours, theirs))
         assert ours.keys() == theirs.keys(), f"{claim}: {ours.keys()}, expected {theirs.keys()}"
         for key in ours:
             assert_same(f"{claim}, {key}", ours[key], theirs[key])
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), f"{claim}: {len(ours)} entries, expected {len(theirs)}"
-        for k, pair in enumerate(zip(ours, theirs)):
-            assert_same(f"{claim}, {k}", *pair)
-    elif isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), f"{claim}: {ours}, expected {theirs}"
     else:
-        assert ours == theirs, f"{claim}: {ours}, expected {theirs}"
+        same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+        assert same, f"{claim}: {ours}, expected {theirs}"
 
 
 @pytest.fixture(scope="module")
@@ -2018,25 +2015,16 @@ def test_runs_leave_a_folder_with_their_settings_and_measurements(finished):
 
 
 def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monkeypatch, capsys):
-    def evaluate(returns):
-        returns = iter(returns)
-        result = dict(success=np.full(2, np.nan), length=np.full(2, 2.0))
-        monkeypatch.setattr(erdp, "evaluate", lambda *_: result | {"return": np.full(2, next(returns) * toy_best())})
-
-    ours, short = tmp_path / "ours", tmp_path / "short"
-    evaluate([0.1, 0.3, 0.3, 0.2])
-    assert run(ours, "--num-steps", "16") == 0
+    ours, short, scores, summary = tmp_path / "ours", tmp_path / "short", iter([10.0, 30.0, 30.0, 20.0]), erdp.summary
+    with monkeypatch.context() as patch:
+        patch.setattr(erdp, "summary", lambda *given: summary(*given) | dict(score_mean=next(scores)))
+        assert run(ours, "--num-steps", "16") == 0
     assert "final score 20.0, best 30.0 at update 8" in capsys.readouterr().out
-    scores = json.loads((ours / "result.json").read_text())
-    assert scores == pytest.approx(dict(final=20, best=30, best_step=8, steps=16), rel=1e-4)
-    evaluate([0.1, 0.3])
+    assert json.loads((ours / "result.json").read_text()) == dict(final=20, best=30, best_step=8, steps=16)
     assert run(short, "--num-steps", "8") == 0
-
-    def weights(folder, name):
-        return checkpoint(folder, name)["agent"]["policy"]
-
-    assert_same("the best policy, of two the older", weights(ours, "policy-best.pt"), weights(short, "policy.pt"))
-    assert_same("the last policy", weights(ours, "policy.pt"), weights(ours, "checkpoint.pt"))
+    best, last, end = (checkpoint(ours, f"{name}.pt")["agent"] for name in ("policy-best", "policy", "checkpoint"))
+    assert_same("the best policy, of two the older", best, checkpoint(short, "policy.pt")["agent"])
+    assert_same("the last policy", last["policy"], end["policy"])
 
 
 def test_runs_log_for_tensorboard_without_a_gap_where_they_were_resumed(tmp_path, finished):
@@ -2271,7 +2259,7 @@ def test_load_policy_has_the_trained_weights_and_the_runs_settings(finished):
         assert actor.agent.args == Args(**saved["args"])
         assert erdp.load_policy(finished / name, candidates=1).agent.args.eval_candidates == 1
         for part in ("policy", "critics_target"):
-            assert_same(f"{part} of {name}", dict(getattr(actor.agent, part).state_dict()), dict(saved["agent"][part]))
+            assert_same(f"{part} of {name}", getattr(actor.agent, part).state_dict(), saved["agent"][part])
 
 
 @pytest.mark.slow
@@ -2317,9 +2305,9 @@ def minari_root(tmp_path, monkeypatch) -> Path:
     return tmp_path / "minari"
 
 
-def spec_of(entry_point, steps=3, **kwargs):
-    """An environment as Minari writes it down."""
-    return gym.envs.registration.EnvSpec("Made-v0", entry_point, max_episode_steps=steps, kwargs=kwargs)
+def made(name, steps=3, **kwargs):
+    """An environment of this file as Minari writes it down."""
+    return gym.envs.registration.EnvSpec("Made-v0", f"{__name__}:{name}", max_episode_steps=steps, kwargs=kwargs)
 
 
 def make_minari(env, steps=4, actions=None, rewards=None, name="made/data-v0", seed=0, **more) -> str:
@@ -2346,12 +2334,9 @@ def columns_of(space, samples):
     return samples
 
 
-LEDGER = f"{__name__}:Ledger"
-
-
 def test_run_on_a_tiny_minari_data_set_and_evaluation_without_it(minari_root, tmp_path, capsys):
     """From data to score, with nested observations, action bounds that differ and the set's own reference scores."""
-    dataset, folder = make_minari(spec_of(LEDGER), ref_min_score=2.0, ref_max_score=12.0), tmp_path / "run"
+    dataset, folder = make_minari(made("Ledger"), ref_min_score=2.0, ref_max_score=12.0), tmp_path / "run"
     assert erdp.main([*SHORT.split(), "--dataset", dataset, "--run-dir", str(folder)]) == 0
     assert "mean return 1.50, score -5.0" in capsys.readouterr().out, "of the data's first 3 steps"
     config, rows = config_of(folder), checkpoint(folder)["rows"]
@@ -2381,12 +2366,15 @@ class Shaped(Ledger):
         self.action_space = Box(np.broadcast_to(low, shape).astype(dtype), np.broadcast_to(high, shape).astype(dtype))
 
 
-SHAPED = f"{__name__}:Shaped"
-
-
 @pytest.mark.parametrize("shape", [(2, 2), (), (1, 3)], ids=str)
 def test_run_with_actions_of_any_shape(shape, minari_root, tmp_path):
-    argv = [*SHORT.split(), "--dataset", make_minari(spec_of(SHAPED, shape=shape)), "--run-dir", str(tmp_path / "run")]
+    argv = [
+        *SHORT.split(),
+        "--dataset",
+        make_minari(made("Shaped", shape=shape)),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     assert erdp.main(argv) == 0
     assert config_of(tmp_path / "run")["action_dim"] == math.prod(shape)
     actor = erdp.load_policy(tmp_path / "run" / "policy.pt")
@@ -2394,7 +2382,7 @@ def test_run_with_actions_of_any_shape(shape, minari_root, tmp_path):
 
 
 def test_run_without_reference_scores_or_time_limit_says_so(minari_root, tmp_path, capsys):
-    dataset = make_minari(spec_of(LEDGER, None), steps=2)
+    dataset = make_minari(made("Ledger", None), steps=2)
     assert erdp.main([*SHORT.split(), "--dataset", dataset, "--run-dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "made/data-v0 has no reference scores: its score is the return" in said
@@ -2407,14 +2395,15 @@ def test_run_without_reference_scores_or_time_limit_says_so(minari_root, tmp_pat
 
 def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_root, tmp_path, monkeypatch):
     spaces = dict(observation_space=Ledger.observation_space, action_space=Ledger.action_space)
-    argv = [*SHORT.split(), "--dataset", make_minari(spec_of(LEDGER), recorded=None, **spaces)]
+    argv = [*SHORT.split(), "--dataset", make_minari(made("Ledger"), recorded=None, **spaces)]
     refused(argv, "names no environment", "--eval-env")
     refused([*argv, "--eval-env", "Nowhere-v0"], "--eval-env Nowhere-v0 is not there")
     refused([*argv, "--eval-env", "nowhere:Env"], "--eval-env nowhere:Env is not there")
-    gym.register("Ledger-v7", LEDGER, max_episode_steps=3)
+    ledger = f"{__name__}:Ledger"
+    gym.register("Ledger-v7", ledger, max_episode_steps=3)
     (tmp_path / "made_here.py").write_text(f"from {__name__} import Ledger\n")
     monkeypatch.chdir(tmp_path)
-    for k, name in enumerate(("Ledger-v7", LEDGER, f"{__name__}:Ledger-v7", "made_here:Ledger")):
+    for k, name in enumerate(("Ledger-v7", ledger, f"{ledger}-v7", "made_here:Ledger")):
         assert erdp.main([*argv, "--eval-env", name, "--run-dir", str(tmp_path / f"run{k}")]) == 0
     gym.registry.pop("Ledger-v7")
 
@@ -2422,9 +2411,9 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_r
 def test_run_resumed_elsewhere_takes_the_data_that_its_checkpoint_names(refused, minari_root, tmp_path):
     folder = tmp_path / "run"
     argv = [*SHORT.split(), "--dataset", "made/data", "--run-dir", str(folder)]
-    make_minari(spec_of(LEDGER))
+    make_minari(made("Ledger"))
     assert erdp.main(argv) == 0
-    make_minari(spec_of(LEDGER), name="made/data-v1", seed=1)  # a newer version, which the run's --dataset would name
+    make_minari(made("Ledger"), name="made/data-v1", seed=1)  # a newer version, which the run's --dataset would name
     go_on = ["--run-dir", str(folder), "--resume", "--num-steps"]
     assert erdp.main([*go_on, "6"]) == 0, "a run knows itself"
     assert (config_of(folder)["dataset_id"], config_of(folder)["env"]) == ("made/data-v0", "made/data")
@@ -2458,7 +2447,7 @@ def test_run_on_a_tiny_antmaze_data_set_is_mirrored_and_ends_at_the_goal(minari_
 
     gym.register_envs(gymnasium_robotics)
     spec = gym.spec("AntMaze_UMaze-v4")
-    kwargs = spec.kwargs | dict(continuing_task=True, reset_target=False)
+    kwargs = dict(reward_type="sparse", continuing_task=True, reset_target=False)
     env = dataclasses.replace(spec, max_episode_steps=4, kwargs=kwargs)
     eval_env = dataclasses.replace(env, kwargs=kwargs | dict(maze_map=UMAZE))
     dataset = make_minari(env, eval_env=eval_env, rewards=[0.0, 1.0, 1.0, 0.0])
@@ -2718,7 +2707,7 @@ def test_bad_minari_files_are_refused(name, refused, minari_root, monkeypatch):
     import minari
 
     monkeypatch.setattr(minari, "list_remote_datasets", offline)
-    dataset, (damage, words) = make_minari(spec_of(LEDGER)), BAD_MINARI[name]
+    dataset, (damage, words) = make_minari(made("Ledger")), BAD_MINARI[name]
     damage(minari_root / dataset / "data")
     refused([*SHORT.split(), "--dataset", dataset], dataset, *words)
 
@@ -2729,10 +2718,6 @@ class Odd(Ledger):
     def __init__(self, discrete=None):
         assert discrete, "the simulator\nis not installed"
         setattr(self, discrete, Discrete(3))
-
-
-def made(name, **kwargs):
-    return spec_of(f"{__name__}:{name}", **kwargs)
 
 
 BAD_ENVS = {  # environment of the data set and, if it is another one, of its evaluation; what the message must say
@@ -2759,7 +2744,7 @@ def test_bad_environments_are_refused(name, refused, minari_root):
 
 @pytest.mark.parametrize("env", ["hopper-medium-v2", "kitchen-complete-v0", "antmaze-umaze-v0"])
 def test_bad_data_set_of_another_row_is_refused(env, refused, minari_root):
-    refused([*SHORT.split(), "--env", env, "--dataset", make_minari(spec_of(LEDGER))])
+    refused([*SHORT.split(), "--env", env, "--dataset", make_minari(made("Ledger"))])
 
 
 def test_bad_minari_download_fails_with_a_way_out_and_leaves_nothing(refused, minari_root, monkeypatch):
@@ -3031,7 +3016,7 @@ def waited_for(condition, child=None):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_real_processes_end_with_their_workers_and_go_on(number, status, minari_root, tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    dataset = make_minari(spec_of(f"{Path(__file__).stem}:Ledger"))
+    dataset = make_minari(made("Ledger"))
     argv = [*SHORT.replace("--eval-every 2", "--eval-every 1000000").split(), "--dataset", dataset]
     command = [sys.executable, erdp.__file__, *argv, "--run-dir", str(ours), "--num-steps", "1000000"]
     options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -3057,14 +3042,7 @@ def test_real_processes_end_with_their_workers_and_go_on(number, status, minari_
 
 
 # ==== What a CUDA graph of `update` needs, without a GPU ==============================================================
-IN_PLACE = {
-    "paper": dict(),
-    "released": dict(variant="released", loss="likelihood", clip_denoised=False),
-    "antmaze": dict(max_q_backup=True, loss="posterior", entropy_coef=0.5),
-    "min": dict(pessimism="min"),
-    "one critic": dict(num_critics=1),
-    "bf16": dict(precision="bf16"),
-}
+IN_PLACE = ALGORITHM1 | {"bf16": dict(precision="bf16")}
 
 
 class NoWaitNorDraw(TorchDispatchMode):
