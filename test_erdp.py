@@ -265,7 +265,7 @@ AT_ONE_TIME = {
 }
 
 
-def test_sde_rejects_ints_off_its_grid_and_times_that_descend():
+def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_unknown_schedules():
     sde, x = sde64(), torch.zeros(2)
     for tau, t in ((2, 1), (-1, 3), (0, 6)):
         for function in (sde.transition, sde.between, sde.decay, sde.var, functools.partial(sde.log_prob, x, x)):
@@ -276,9 +276,6 @@ def test_sde_rejects_ints_off_its_grid_and_times_that_descend():
             with pytest.raises(ValueError, match="must ascend from 0 to T = 5"):
                 function(sde, t, x, x, x)
         function(sde, 1, x, x, x), function(sde, 5, x, x, x)
-
-
-def test_sde_rejects_too_few_steps_and_unknown_schedules():
     for T in (1, 0, -3):
         with pytest.raises(ValueError, match=f"num_steps is {T}"):
             MeanRevertingSDE(T)
@@ -295,49 +292,25 @@ def test_sde_coefficients_are_computed_in_float64_and_rounded_once(T, schedule):
             exact = function(sde64(T, schedule), t, one.double(), 0 * one.double(), 0 * one.double())
             assert found.dtype == torch.float32
             agree(f"{name} in float32: one coefficient, rounded", found, exact.float(), rtol=2e-7, atol=0)
+    assert [c.shape for at in (1, t) for c in single.transition(0, at)] == [(), (), (T, 1), (T, 1)]
     decay, var = MeanRevertingSDE(T, schedule, torch.float16, "meta").transition(0, t)
     assert (decay.dtype, var.device.type) == (torch.float16, "meta"), "of the dtype and on the device asked for"
 
 
 # ==== Eq. 3: the reverse SDE ==========================================================================================
-@given(cases())
-def test_eq3_one_step_is_euler_maruyama_against_time(case):
-    x, score, noise = case.x.numpy(), case.y.numpy(), case.z.numpy()
-    drift = -case.prime * x - 2 * case.prime * score  # of Eq. 3, over a step; time runs backwards
-    expected = x - drift + np.sqrt(2 * case.prime) * noise
-    agree("Eq. 3: one step from t to t - 1", case.sde.reverse_sde_step(case.x, case.t, case.y, case.z), expected)
-
-
-def reverse_sde_distance(T):
-    """Wasserstein distance from the mixture of the reverse SDE's law with its exact score, by quadrature."""
-    sde, (_, bar) = sde64(T, "constant"), literal_theta("constant", T)
-    x = np.linspace(-8, 8, 481)
-    dx, density = x[1] - x[0], norm.pdf(x)
-    for t in range(T, 0, -1):
-        score, zero = torch.tensor(mixture_score(x, bar[t])), torch.zeros(len(x), dtype=torch.float64)
-        mean = sde.reverse_sde_step(torch.tensor(x), t, score, zero).numpy()
-        width = float(sde.reverse_sde_step(zero, t, zero, zero + 1)[0])
-        density = norm.pdf((x[:, None] - mean) / width) / width @ density * dx
-    agree("the quadrature loses nothing", density.sum() * dx, 1.0, rtol=1e-6)
-    return np.abs(np.cumsum(density) * dx - mixture_cdf(x + dx / 2)).sum() * dx
-
-
-def test_eq3_reverse_sde_with_the_exact_score_approaches_the_mixture():
-    far, near, nearer = (reverse_sde_distance(T) for T in (10, 30, 90))
-    assert far > 2 * near and near > 1.4 * nearer, f"Eq. 3: distances {far}, {near}, {nearer} at T = 10, 30, 90"
-    assert nearer < 0.17, f"Eq. 3: distance {nearer} at T = 90"
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.7])
+def test_eq3_one_step_keeps_the_sdes_own_law_to_second_order_in_the_step(share):
+    """From the variance of x_t to that of x_{t-1}, of x_0 ~ N(0, 0.3^2), with its exact score. Sees a wrong factor."""
+    one, zero, errors = torch.ones(1).double(), torch.zeros(1).double(), []
+    for T in (400, 800, 1600):
+        sde, t, (_, bar) = sde64(T, "constant"), round(share * T), literal_theta("constant", T)
+        before, at = (1 - 0.91 * math.exp(-2 * theta_bar) for theta_bar in (bar[t - 1], bar[t]))
+        gain, spread = sde.reverse_sde_step(one, t, -one / at, zero), sde.reverse_sde_step(zero, t, zero, one)
+        errors.append(float(gain**2 * at + spread**2 - before))
+    agree("Eq. 3: half the step, a quarter of the error", np.divide(errors[:2], errors[1:]), (4.0, 4.0), rtol=0.1)
 
 
 # ==== Eq. 4, 28, 30: diffusing, and the score =========================================================================
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_eq4_has_the_law_of_eq2(schedule):
-    x_0, (_, bar) = 1.6, literal_theta(schedule, 5)
-    for t in range(1, 6):
-        x_t = sde64(5, schedule).diffuse(torch.tensor([x_0]), t, gaussian(100_000, 1, seed=t))
-        mean, std = math.exp(-bar[t]) * x_0, math.sqrt(1 - math.exp(-2 * bar[t]))
-        assert_gaussian(f"Eq. 4: x_t at t = {t}", x_t, mean, std, sees=0.04, comparisons=5 * len(SCHEDULES))
-
-
 @given(cases())
 def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
     x_t, std = case.x.numpy(), np.sqrt(-np.expm1(-2 * case.bar))
@@ -348,10 +321,10 @@ def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
 
 
 @given(cases())
-def test_eq30_score_is_minus_the_noise_over_its_deviation(case):
+def test_eq4_and_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation(case):
     x_0, eps = case.x, case.y
     score = case.sde.score(case.sde.diffuse(x_0, case.t, eps), x_0, case.t)
-    agree("Eq. 30", score, -eps.numpy() / np.sqrt(1 - np.exp(-2 * case.bar)))
+    agree("Eq. 30 of Eq. 4", score, -eps.numpy() / np.sqrt(1 - np.exp(-2 * case.bar)))
 
 
 # ==== Eq. 5 and the other diffusion losses ============================================================================
@@ -405,21 +378,6 @@ LITERAL_LOSSES = dict(
     likelihood=literal_likelihood_loss,
     posterior=literal_posterior_loss,
 )
-
-
-@given(cases())
-def test_likelihood_loss_has_its_minimum_at_the_closed_form(case):
-    """Rows that share x_t and t, with other noise: the best common prediction, from E(eps | x_t) = their mean."""
-    t, x_t, eps = int(case.t[0]), case.x[:1].expand_as(case.x), case.y
-    theta, var = float(case.prime[0, 0]), float(1 - np.exp(-2 * case.bar[0, 0]))
-    bias = (math.expm1(theta) - theta) * math.sqrt(var) * case.x[:1]
-    best = ((2 * math.sinh(theta) * eps.mean(0, keepdim=True) - bias) / (2 * theta)).requires_grad_()
-    x_0, times = case.sde.predict_x0(x_t, t, eps), torch.full((len(eps),), t)
-    loss = erdp.LOSSES["likelihood"](case.sde, x_0, x_t, times, eps, best.expand_as(eps))
-    loss.backward()
-    steepness = (2 * theta) ** 2 / var  # of the parabola that the loss is in the prediction
-    size = 1 + float(best.abs().max())
-    agree("the gradient vanishes", best.grad / steepness / size, torch.zeros_like(best), atol=1e-9)
 
 
 @given(cases())
@@ -2531,9 +2489,7 @@ BAD_SETTINGS = {  # what is given, and words that the sentence must have
     "--dataset data.csv": ["data.csv", ".hdf5"],
     "--batch-size 100000000000000": ["smaller"],
     "--num-steps many": ["--num-steps", "many"],
-    "--num-steps": ["--num-steps"],
     "--num-stepz 3": ["--num-stepz", "--num-steps"],
-    "stray": ["stray"],
     "--variant other": ["other", "released"],
     "--variant debruijn --loss likelihood": ["--loss likelihood", "give --loss noise or --loss posterior"],
     "--variant debruijn --env hopper-medium-v2": ["--loss likelihood", "give --loss noise or --loss posterior"],
@@ -2602,6 +2558,8 @@ MANGLED = {  # what is changed in a good file of six rows, and what the message 
     "more actions": (dict(actions=np.zeros((N + 1, 3))), ["(7, 3)", "(6, 3)"]),
     "wide actions": (dict(actions=np.zeros((N, 4))), ["(6, 4)", "(6, 3)"]),
     "rewards in a column": (dict(rewards=np.zeros((N, 1))), ["(6, 1)"]),
+    "a number": (dict(rewards=1.0), ["()"]),
+    "bytes": (dict(timeouts=np.array([b"no"] * N)), []),
     "fewer terminals": (dict(terminals=np.zeros(N - 1)), ["(5,)"]),
     "more timeouts": (dict(timeouts=np.zeros(N + 1)), ["(7,)"]),
     "a group": (dict(rewards={}), []),
@@ -2635,26 +2593,6 @@ def test_bad_hdf5_files_are_refused(refused, tmp_path):
         refused(hopper_args(d4rl_file(path, n)), str(path), "is empty")
     (tmp_path / "folder.hdf5").mkdir()
     refused(hopper_args(tmp_path / "folder.hdf5"), str(tmp_path / "folder.hdf5"))
-
-
-KEYS = "observations", "actions", "rewards", "terminals", "timeouts"
-SHAPES = st.lists(st.sampled_from([0, 1, 3, 6, 11]), max_size=3).map(tuple)
-CONTENT = SHAPES.flatmap(lambda shape: arrays(st.sampled_from([np.float64, np.int8, bool, "S3", np.complex64]), shape))
-CHANGES = st.dictionaries(st.sampled_from(KEYS), CONTENT | st.none() | st.just({}), max_size=2)
-
-
-@given(CHANGES, st.floats(0, 1) | st.none())
-def test_mangled_hdf5_files_are_read_or_refused_in_one_line(tmp_path_factory, changes, part):
-    """Keys that are missing or of any shape and kind, and the file cut anywhere."""
-    path = d4rl_file(tmp_path_factory.mktemp("mangled") / "a.hdf5", **changes)
-    if part is not None:
-        os.truncate(path, int(part * path.stat().st_size))
-    try:
-        data = load(hopper_task(path))
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1 and ("made-v0" in str(error) or str(path) in str(error))
-        return
-    assert {len(column) for column in data} == {len(data.reward)} and all(c.isfinite().all() for c in data)
 
 
 def offline(*_, **__):
@@ -2807,7 +2745,6 @@ REPLIES = {
     "an end too early": (OK + b"Content-Length: 99\r\n\r\nabc", 0),
     "no answer": (b"", 0),
     "no such file": (b"HTTP/1.0 404 Not Found\r\n\r\n", 0),
-    "no length": (OK + b"\r\nabc", 0),
     "a strange length": (OK + b"Content-Length: many\r\n\r\nabc", 0),
     "no HTTP": (b"220 ftp.example.org ready\r\n", 0),
 }

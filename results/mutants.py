@@ -61,7 +61,7 @@ PARTS = {
     "sampler": {"sample_actions": "eq10"},
     "losses": {
         "noise_loss": "eq5",
-        "likelihood_loss": "eq5 or likelihood_loss",
+        "likelihood_loss": "eq15",
         "posterior_loss": "eq5 or posterior_loss",
         "policy_log_prob": "eq15",
         "entropy_weights": "entropy or debruijn",
