@@ -61,9 +61,9 @@ PARTS = {
     "sampler": {"sample_actions": "eq10"},
     "losses": {
         "noise_loss": "eq5",
-        "likelihood_loss": "eq5 or likelihood_loss",
+        "likelihood_loss": "eq15",
         "posterior_loss": "eq5 or posterior_loss",
-        "policy_log_prob": "eq13 or log_prob",
+        "policy_log_prob": "eq15",
         "entropy_weights": "entropy or debruijn",
         "entropy_estimate": "entropy or debruijn",
         "policy_loss": "eq15 or eq12",
