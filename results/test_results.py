@@ -1,6 +1,7 @@
 """Tests of the scripts around erdp.py: the mathematics of the studies in results/, the report, and run_all.sh."""
 
 import importlib
+import json
 import math
 import re
 import sys
@@ -238,3 +239,16 @@ def test_results_mutants_change_every_function_that_they_name_and_run_tests_that
     for selection in {mutant.tests for mutant in found}:
         for word in selection.split(" or "):
             assert any(word in test for test in tests), f"no test has {word} in its name"
+
+
+def test_results_peers_learn_what_there_is_to_learn_and_td3bc_more_than_regression(tmp_path, capsys):
+    peers = script("peers")
+    small = "--env toy --dataset toy-20 --steps 600 --episodes 4".split()
+    for peer in ("regression", "td3bc"):
+        peers.main([peer, *small, "--out", str(tmp_path)])
+    regression, td3bc = (json.loads(line)["score"] for line in (tmp_path / "peers.jsonl").read_text().splitlines())
+    assert regression < 30 < td3bc, "the mean action is that of most steps, to the left; Q knows better"
+    assert (tmp_path / "peers.md").read_text().count("| toy-20 |") == 2
+    with pytest.raises(SystemExit) as stop:
+        peers.main(["td3bc", "--env", "nowhere", "--out", str(tmp_path)])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
