@@ -137,6 +137,8 @@ class MeanRevertingSDE:
             raise ValueError(f"schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
         self.num_steps, self.dtype = num_steps, dtype
         theta = SCHEDULES[schedule](np.arange(1, num_steps + 1), num_steps)
+        if not np.all(theta > 0):
+            raise ValueError(f"the schedule {schedule!r} is not positive")
         theta_bar = np.cumsum([0, *theta])
         theta_bar *= -math.log(1e-3) / theta_bar[-1]
         lacking = -0.5 * np.log(-np.expm1(-2 * theta_bar[1:]))  # nats a dimension at t = 1..T
@@ -720,7 +722,7 @@ class Row(NamedTuple):
 
     domain: str
     dataset: str
-    env: str | gym.envs.registration.EnvSpec | None  # for evaluation; None: the one that the data set names
+    env: str | gym.envs.registration.EnvSpec | None  # for evaluation, as --eval-env; None: the one that the data name
     max_steps: int  # of an episode
     ref_min: float  # returns of score 0 and 100
     ref_max: float
@@ -867,8 +869,8 @@ def open_task(args: Args) -> Task:
         collected = data.spec.env_spec
         metadata = data.storage.metadata
     spec = row.env if row else None
-    if args.eval_env:
-        spec = find_env(args.eval_env)
+    if args.eval_env or isinstance(spec, str):
+        spec = find_env(args.eval_env or spec)
     elif spec is None and collected:
         with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
             with data.recover_environment(eval_env=True) as env:
@@ -901,9 +903,9 @@ def register_robots():
 
 
 def find_env(name: str):
-    """The specification of --eval-env: an id that Gymnasium knows or, in a module, `module:id` or `module:Class`."""
+    """The specification of an environment: an id that Gymnasium knows or, in a module, `module:id`, `module:Class`."""
     module, _, inner = name.rpartition(":")
-    with refusing(f"--eval-env {name} is not there", "give an id, or module:Class with the module in this folder"):
+    with refusing(f"environment {name} is not there", "give an id, or module:Class with the module in this folder"):
         if module and hasattr(importlib.import_module(module), inner):
             return gym.envs.registration.EnvSpec(f"{inner}-v0", entry_point=name)
         return gym.spec(inner)
@@ -1723,7 +1725,7 @@ def evaluate_only(args: Args) -> int:
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
         if row and row.env:
-            spec = row.env
+            spec = find_env(row.env) if isinstance(row.env, str) else row.env
         else:
             spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
         task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, saved["refs"])

@@ -132,7 +132,10 @@ def assert_uniform(claim: str, counts, K, sees, comparisons=1):
 
 def own(formulas: dict, name: str):
     """This file's own formula for an option that erdp.py offers."""
-    assert name in formulas, f"erdp.py offers {name!r}, for which this file has no independent formula yet: add one"
+    there = ", ".join(map(repr, formulas))
+    assert name in formulas, (
+        f"erdp.py offers {name!r}, and the formulas here are of {there}: add one of its own to them"
+    )
     return formulas[name]
 
 
@@ -270,7 +273,7 @@ AT_ONE_TIME = {
 }
 
 
-def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_unknown_schedules():
+def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_bad_schedules(monkeypatch):
     sde, x = sde64(), torch.zeros(2)
     for tau, t in ((2, 1), (-1, 3), (0, 6)):
         for function in (sde.transition, sde.between, sde.decay, sde.var, functools.partial(sde.log_prob, x, x)):
@@ -286,6 +289,10 @@ def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_unkn
             MeanRevertingSDE(T)
     with pytest.raises(ValueError, match="schedule is 'sine'.*" + ", ".join(SCHEDULES)):
         MeanRevertingSDE(5, "sine")
+    for first in (0.0, -1.0, math.nan):
+        monkeypatch.setitem(erdp.SCHEDULES, "sine", lambda k, T, first=first: np.array([first, 1, 2, 3, 4]))
+        with pytest.raises(ValueError, match="schedule 'sine' is not positive"):
+            MeanRevertingSDE(5, "sine")
 
 
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES))
@@ -647,10 +654,22 @@ def members_of(critics, requires_grad=False):
     named = dict(critics.named_parameters())
     assert [*named] == OF_A_MEMBER, (
         f"critics of the class {type(critics).__name__} are new here: write in `literal_q` how one member's Q is "
-        f"computed, as an independent formula, and in `members_of` which of {[*named]} a member has"
+        f"computed, as an independent formula, in `members_of` which of {[*named]} a member has, and in `joined` the "
+        "way back; the tests of the old ones' sizes and of bf16, and results/benchmark.py, read the old ones' layers"
     )
     numbers = range(len(named[OF_A_MEMBER[0]]))
     return [{k: p[m].detach().clone().requires_grad_(requires_grad) for k, p in named.items()} for m in numbers]
+
+
+def joined(members) -> list:
+    """Of tensors by name for each member: those of the ensemble, in the order of its parameters."""
+    return [torch.stack([member[name] for member in members]) for name in OF_A_MEMBER]
+
+
+def by_member(tensors) -> list[dict]:
+    """Tensors listed member after member, by name for each."""
+    size = len(OF_A_MEMBER)
+    return [dict(zip(OF_A_MEMBER, tensors[k : k + size])) for k in range(0, len(tensors), size)]
 
 
 @settings(max_examples=20)
@@ -673,8 +692,8 @@ def test_ensemble_equals_separate_networks_over_any_leading_axes(M, lead, S, A, 
     action.grad = None
     (q * weight).sum().backward()
     agree("QEnsemble: gradient to the action", action.grad, slope)
-    for k, (name, p) in enumerate(critics.named_parameters()):
-        agree(f"QEnsemble: gradient to {name}", p.grad, torch.stack(slopes[k :: len(members[0])]))
+    for (name, p), theirs in zip(critics.named_parameters(), joined(by_member(slopes))):
+        agree(f"QEnsemble: gradient to {name}", p.grad, theirs)
 
 
 def rounded(x):
@@ -1189,9 +1208,8 @@ class Algorithm1:
         for name, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):  # of PyTorch's Adam, and of ours
             for k, state in policy.items():
                 agree(f"{claim}: {name} of the policy", state[name], getattr(self.policy_adam, moment)[k], **tight)
-            for k, state in critics.items():
-                members = getattr(self.critic_adam, moment)[k :: len(critics)]
-                agree(f"{claim}: {name} of Q", state[name], torch.stack(members), **tight)
+            for k, theirs in enumerate(joined(by_member(getattr(self.critic_adam, moment)))):
+                agree(f"{claim}: {name} of Q", critics[k][name], theirs, **tight)
 
 
 def agent64(seed=0, **choices) -> Agent:
@@ -1334,6 +1352,7 @@ TABLE_4 = {
 TABLE_4["gym"] |= dict(num_steps=2_000_000, eval_episodes=10)
 CHEETAH, HOPPER, WALKER = (-280.178953, 12135.0), (-20.272305, 3234.3), (1.629008, 4592.3)
 PEN = (96.262799, 3076.8331017826877)
+OWN_ROWS = {"toy"}  # rows that are not the paper's
 TABLES_1_AND_2 = {  # row: domain, data set without its version if it is Minari's, environment, reference returns
     "halfcheetah-medium-v2": ("gym", "halfcheetah_medium-v2.hdf5", "HalfCheetah-v4", CHEETAH),
     "hopper-medium-v2": ("gym", "hopper_medium-v2.hdf5", "Hopper-v4", HOPPER),
@@ -1373,7 +1392,12 @@ def test_table4_and_the_rows_of_tables_1_and_2_are_the_papers(env, monkeypatch):
 
 
 def test_tables_1_and_2_have_these_rows():
-    assert erdp.ROWS.keys() == TABLES_1_AND_2.keys() | {"toy"} and len(TABLES_1_AND_2) == 20, "add your own here"
+    own = erdp.ROWS.keys() - TABLES_1_AND_2.keys()
+    assert own == OWN_ROWS and len(TABLES_1_AND_2) == 20, "add the names of rows of your own to OWN_ROWS"
+    for env in own:
+        row = erdp.ROWS[env]
+        assert isinstance(erdp.preset(env), Args) and row.domain in erdp.DOMAINS and row.max_steps > 0
+        assert row.ref_min != row.ref_max, "two returns, of score 0 and 100"
 
 
 def test_presets_of_the_toy_and_of_unknown_data_and_with_a_gpu(monkeypatch):
@@ -2386,8 +2410,8 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_r
     spaces = dict(observation_space=Ledger.observation_space, action_space=Ledger.action_space)
     argv = [*SHORT.split(), "--dataset", make_minari(made("Ledger"), recorded=None, **spaces)]
     refused(argv, "names no environment", "--eval-env")
-    refused([*argv, "--eval-env", "Nowhere-v0"], "--eval-env Nowhere-v0 is not there")
-    refused([*argv, "--eval-env", "nowhere:Env"], "--eval-env nowhere:Env is not there")
+    refused([*argv, "--eval-env", "Nowhere-v0"], "environment Nowhere-v0 is not there")
+    refused([*argv, "--eval-env", "nowhere:Env"], "environment nowhere:Env is not there")
     ledger = f"{__name__}:Ledger"
     gym.register("Ledger-v7", ledger, max_episode_steps=3)
     (tmp_path / "made_here.py").write_text(f"from {__name__} import Ledger\n")
