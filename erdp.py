@@ -868,10 +868,8 @@ def open_task(args: Args) -> Task:
         dataset_id = data.spec.dataset_id
         collected = data.spec.env_spec
         metadata = data.storage.metadata
-    spec = row.env if row else None
-    if args.eval_env or isinstance(spec, str):
-        spec = find_env(args.eval_env or spec)
-    elif spec is None and collected:
+    spec = find_env(args.eval_env or (row and row.env))
+    if spec is None and collected:
         with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
             with data.recover_environment(eval_env=True) as env:
                 spec = env.spec
@@ -902,8 +900,13 @@ def register_robots():
         gym.register_envs(gymnasium_robotics)
 
 
-def find_env(name: str):
-    """The specification of an environment: an id that Gymnasium knows or, in a module, `module:id`, `module:Class`."""
+def find_env(name):
+    """The specification of an environment: an id that Gymnasium knows or, in a module, `module:id`, `module:Class`.
+
+    A specification, or None, is returned as it is.
+    """
+    if not isinstance(name, str):
+        return name
     module, _, inner = name.rpartition(":")
     with refusing(f"environment {name} is not there", "give an id, or module:Class with the module in this folder"):
         if module and hasattr(importlib.import_module(module), inner):
@@ -1725,7 +1728,7 @@ def evaluate_only(args: Args) -> int:
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
         if row and row.env:
-            spec = find_env(row.env) if isinstance(row.env, str) else row.env
+            spec = find_env(row.env)
         else:
             spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
         task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, saved["refs"])

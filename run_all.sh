@@ -36,10 +36,13 @@ run() { # ENV ARM SEED [SETTING...]; for ENV toy-5 the toy with that share
         --run-dir "$runs/$name" --resume
 }
 
-full() {
+toy_and_studies() {
     for seed in {0..4}; do for arm in paper bc q entropy ensemble released; do run toy "$arm" "$seed"; done; done
     for study in figure2 entropy likelihood; do line "$study" "$python" "results/$study.py"; done
-    [[ -z ${1:-} ]] || return 0
+}
+
+full() {
+    toy_and_studies
     for seed in {0..4}; do # Tables 1 and 2
         for env in {halfcheetah,hopper,walker2d}-medium{,-replay,-expert}-v2 pen-{human,cloned}-v1 \
             kitchen-{complete,partial,mixed}-v0 antmaze-{umaze{,-diverse},{medium,large}-{play,diverse}}-v0; do
@@ -54,7 +57,7 @@ full() {
 }
 
 quick() {
-    full toy
+    toy_and_studies
     local data=${ERDP_DATA:-} small=(--num-steps 3000 --eval-every 1500 --eval-episodes 10)
     [[ $data ]] || { echo "run_all.sh: quick has no runs on stand-in data, as ERDP_DATA is not set" >&2 && return; }
     prefix=(env "MINARI_DATASETS_PATH=$data/minari")
@@ -128,7 +131,8 @@ while kill -0 "$group" 2>/dev/null; do wait "$group"; done # a signal interrupts
 trap - INT TERM HUP
 status=0
 for line in "${lines[@]}"; do
-    finished "${line%%$'\t'*}" || { status=1 && echo "${line%%$'\t'*} is not finished: see $runs/${line%%$'\t'*}.log"; }
+    name=${line%%$'\t'*}
+    finished "$name" || { status=1 && echo "$name is not finished: see $runs/$name.log"; }
 done
 [[ $action == task ]] || "$python" results/report.py "$runs" || status=1
 exit "$status"
