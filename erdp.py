@@ -122,12 +122,12 @@ class MeanRevertingSDE:
 
     theta_bar (T+1,) holds the integrals of theta from 0 to t: theta_bar[0] == 0, theta_bar[T] = -ln(1e-3). x is (B, A)
     or (A,). Times tau and t are an int or an integer tensor (B,), which gives coefficients of shape (B, 1). Densities
-    are summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` once, where they meet x.
-    Ints other than 0 <= tau <= t <= T raise ValueError; tensors are not checked, as that would wait for the device.
+    are summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` where they meet x. Ints
+    other than 0 <= tau <= t <= T raise ValueError; tensors are not checked, as that would wait for the device.
 
-    last_time, at least 1, is the last t at which x_t is not yet standard Gaussian to within GAUSSIAN_WITHIN: of x_0 in
-    [-1, 1]^A, the KL divergence from it, and what the entropy lacks of its, are at most -1/2 log var_t a dimension, as
-    H(x_t) >= H(x_t | x_0). Beyond it x_t says next to nothing of x_0 (t = 1, 2 are left of the cosine schedule's 5).
+    last_time, at least 1, is the last t (2 of the cosine schedule's 5) at which x_t says something of x_0: beyond it,
+    with x_0 in [-1, 1]^A, x_t is standard Gaussian to within GAUSSIAN_WITHIN. Its KL divergence from that and what its
+    entropy lacks are at most -1/2 log var_t a dimension, as H(x_t) >= H(x_t | x_0).
     """
 
     def __init__(self, num_steps: int = 5, schedule: str = "cosine", dtype=torch.float32, device="cpu"):
@@ -147,9 +147,10 @@ class MeanRevertingSDE:
 
     def between(self, tau, t):
         """theta_bar_{tau:t}, the integral of theta from tau to t; theta'_t where tau = t - 1. In float64."""
-        bounds = [0, *(time for time in (tau, t) if isinstance(time, int)), self.num_steps]
+        times = [time for time in (tau, t) if isinstance(time, int)]
+        bounds = [0, *times, self.num_steps]
         if bounds != sorted(bounds):
-            raise ValueError(f"diffusion times {bounds[1:-1]} must ascend from 0 to T = {self.num_steps}")
+            raise ValueError(f"diffusion times {times} must ascend from 0 to T = {self.num_steps}")
         theta_bar = self.theta_bar[t] - self.theta_bar[tau]
         return theta_bar[..., None] if theta_bar.ndim else theta_bar  # a last axis, to broadcast over x
 
@@ -175,7 +176,9 @@ class MeanRevertingSDE:
 
     def posterior(self, x_t, x_0, t):
         """Eq. 6 and Eq. 7: (mean, var) of p(x_{t-1} | x_t, x_0) for t >= 1; at t = 1, x_0 and 0."""
-        before, step, whole = self.var(0, t - 1), self.var(t - 1, t), self.var(0, t)
+        before = self.var(0, t - 1)  # of p(x_{t-1} | x_0)
+        step = self.var(t - 1, t)  # of p(x_t | x_{t-1})
+        whole = self.var(0, t)  # of p(x_t | x_0)
         from_x_t = before / whole * self.decay(t - 1, t)
         from_x_0 = step / whole * self.decay(0, t - 1)
         mean = from_x_t.to(self.dtype) * x_t + from_x_0.to(self.dtype) * x_0
@@ -194,7 +197,10 @@ class MeanRevertingSDE:
     def log_prob_x1(self, x_1, x_T, x_0):
         """Eq. 14: log p(x_1 | x_T, x_0) by Bayes' rule on the densities of Eq. 2."""
         T = self.num_steps
-        return self.log_prob(x_T, x_1, 1, T) + self.log_prob(x_1, x_0, 0, 1) - self.log_prob(x_T, x_0, 0, T)
+        likelihood = self.log_prob(x_T, x_1, 1, T)
+        prior = self.log_prob(x_1, x_0, 0, 1)
+        evidence = self.log_prob(x_T, x_0, 0, T)
+        return likelihood + prior - evidence
 
     def reverse_sde_step(self, x_t, t, score, noise):
         """Eq. 3: one Euler-Maruyama step from t to t - 1, against time, with standard Gaussian noise."""
@@ -237,10 +243,7 @@ class NoiseNetwork(nn.Module):
 
 
 class QEnsemble(nn.Module):
-    """M independent Q-functions of three hidden Mish layers, evaluated together in batched matrix products.
-
-    `bf16`: the products between hidden layers in bfloat16, from float32 parameters and to float32 activations.
-    """
+    """M independent Q-functions of three hidden Mish layers in batched products (`bf16`: two of them in bfloat16)."""
 
     def __init__(self, state_dim: int, action_dim: int, num_critics: int = 64, hidden: int = 256, bf16: bool = False):
         super().__init__()
@@ -317,10 +320,7 @@ def noise_loss(sde, x_0, x_t, t, eps, eps_hat):
 
 
 def likelihood_loss(sde, x_0, x_t, t, eps, eps_hat):
-    """Table 4's (IR-SDE's): one Euler step of the reverse SDE's drift against the optimal x_{t-1} of Eq. 40.
-
-    An Euler step over a coarse grid is not the posterior mean, and the true noise not the minimiser.
-    """
+    """Table 4's (IR-SDE's): an Euler step of Eq. 3's drift, which is not the posterior mean, against that mean."""
     optimal, _ = sde.posterior(x_t, x_0, t)  # Eq. 40
     score = -eps_hat / sde.transition(0, t)[1].sqrt()  # Eq. 30
     return F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)
@@ -346,8 +346,12 @@ def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
     """
     if variant == "paper":
         return sde.log_prob_x1(sde.diffuse(a_0, 1, eps_hat), a_T, a_0)
-    T, a_1 = sde.num_steps, (1 - sde.between(0, 1)).to(sde.dtype) * a_0
-    return sde.log_prob(a_1, a_T, 2, T) + sde.log_prob(a_0, a_1, 1, 2) - sde.log_prob(a_0, a_T, 1, T)
+    T = sde.num_steps
+    a_1 = (1 - sde.between(0, 1)).to(sde.dtype) * a_0
+    likelihood = sde.log_prob(a_1, a_T, 2, T)
+    prior = sde.log_prob(a_0, a_1, 1, 2)
+    evidence = sde.log_prob(a_0, a_T, 1, T)
+    return likelihood + prior - evidence
 
 
 DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action dimension: see results/entropy.md
@@ -356,8 +360,7 @@ DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action 
 def entropy_weights(sde):
     """w_t = theta'_t / var_t (T,) for t = 1..T, and 0 after sde.last_time; the sum of w_t var_t is theta_bar there.
 
-    Later times would add at most 0.03 nats an action dimension to `entropy_estimate`, whatever the actions are, but
-    have most of the weight, and Eq. 8 multiplies errors there by up to 1,000.
+    Later times would add at most 0.03 nats an action dimension to `entropy_estimate`, but have most of the weight.
     """
     t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
     weight = sde.between(t - 1, t) / sde.var(0, t) * (t <= sde.last_time)[:, None]  # (T, 1)
@@ -371,9 +374,8 @@ def entropy_estimate(sde, eps_hat, t):
     -E[eps | x_s] / std_s and a Gaussian end, on the grid: A/2 log(2 pi e) - sum_t w_t (||eps_hat||^2 - var_t A). A row
     has the term of its t times T, so that the mean over t is the sum.
 
-    It is taken at noised *data* actions. With the exact predictor of the data it is the data's conditional entropy (on
-    a coarse grid too large). With that of a policy q which has moved away from the data p it is not q's entropy but
-    2 H(q) - CE(p, q), exact for Gaussians: it also pulls q back to the data, and at q = p its gradient is twice H(q)'s.
+    It is taken at noised *data* actions: of the data p's own predictor it is p's entropy (too large on a coarse grid),
+    of a policy q that has moved away 2 H(q) - CE(p, q), exact for Gaussians, which also pulls q back to the data.
     """
     A = eps_hat.shape[-1]
     _, var = sde.transition(0, t)  # (B, 1)
@@ -384,11 +386,10 @@ def entropy_estimate(sde, eps_hat, t):
 def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args) -> dict:
     """Eq. 15, with L_diff of `args.loss`: the "policy_loss", and its "diffusion_loss", "lcb" and "entropy" (-log p).
 
-    Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
-
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where
     it is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as `critic_loss`
     gave it in this step, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
+    Variant "debruijn": L_diff - lambda Q - alpha H-hat / A, with `entropy_estimate` in place of -log p.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -401,8 +402,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     q = critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
     seen = noise.t <= (args.q_time or sde.num_steps)  # (B,)
     value = (pessimistic_value(q, args) * seen).sum() / seen.sum().clamp(min=1)
-    magnitude = (q if args.variant == "released" else pessimistic_value(q_data, args)).abs().mean()
-    lambda_ = args.eta / magnitude.detach()  # eta / E|Q(s, a)|
+    scale = q if args.variant == "released" else pessimistic_value(q_data, args)
+    lambda_ = args.eta / scale.abs().mean().detach()  # eta / E|Q(s, a)|
     if args.variant == "paper":
         weight = lambda_  # alpha stands inside the bracket of Eq. 12
     elif args.variant == "released":
@@ -458,7 +459,6 @@ def pessimistic_value(q, args: Args):
 
 # ==== 6. Algorithm 1 ==================================================================================================
 
-BACKUP_CANDIDATES = 10  # next actions of max Q-backup
 METRICS = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
 
 
@@ -513,7 +513,8 @@ def update(agent: Agent, batch: Batch, noise: Noise) -> dict:
     soft_update(agent.policy_ema, agent.policy, due.double() * args.ema_rate)
     soft_update(agent.critics_target, agent.critics, args.target_rate)
     agent.updates += 1
-    return {name: value.detach() for name, value in (critic | policy | {"q": q.mean()}).items()}
+    measured = critic | policy | {"q": q.mean()}
+    return {name: value.detach() for name, value in measured.items()}
 
 
 def optimizer_step(loss, module: nn.Module, optimizer, grad_norm: float):
@@ -531,12 +532,17 @@ def soft_update(target: nn.Module, source: nn.Module, rate):
         old.lerp_(new, rate if isinstance(rate, float) else rate.to(old.dtype))
 
 
+BACKUP_CANDIDATES = 10  # next actions of max Q-backup
+
+
 def noise_buffers(args: Args, action_dim: int, device) -> Noise:
     """The tensors that `sample_noise` fills."""
-    B, T, C = args.batch_size, args.num_diffusion_steps, BACKUP_CANDIDATES if args.max_q_backup else 1
+    B, T = args.batch_size, args.num_diffusion_steps
+    C = BACKUP_CANDIDATES if args.max_q_backup else 1
     rows, t = torch.empty(2, B, dtype=torch.int64, device=device)
     eps, a_T = torch.empty(2, B, action_dim, device=device)
-    return Noise(rows, t, eps, a_T, torch.empty(T, C, B, action_dim, device=device))
+    next_action = torch.empty(T, C, B, action_dim, device=device)
+    return Noise(rows, t, eps, a_T, next_action)
 
 
 def sample_noise(noise: Noise, num_rows: int, generator: torch.Generator):
@@ -663,7 +669,16 @@ def sparse_reward(reward):
 
 DOMAINS = {
     "toy": Domain(
-        dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000, eval_every=400)
+        dict(
+            lr=1e-3,
+            critic_lr=2e-3,
+            hidden=64,
+            eta=3.0,
+            num_critics=8,
+            batch_size=64,
+            num_steps=4000,
+            eval_every=400,
+        )
     ),
     "own": Domain({}),
     "gym": Domain(
@@ -705,7 +720,8 @@ class ToyEnv(gym.Env):
     def best_return(cls) -> float:
         step = np.linspace(-1, 1, 2001)
         first = step[:, None]
-        return float((cls.reward(first) + cls.reward(first + step)).max())
+        returns = cls.reward(first) + cls.reward(first + step)
+        return float(returns.max())
 
     def reset(self, *, seed=None, options=None):
         self.state = np.zeros(2, np.float32)
@@ -714,7 +730,8 @@ class ToyEnv(gym.Env):
     def step(self, action):
         self.state = self.state + np.array([action[0], 1], np.float32)
         position, steps = self.state
-        return self.state, float(self.reward(position)), bool(steps == 2), False, {}
+        reward = float(self.reward(position))
+        return self.state, reward, bool(steps == 2), False, {}
 
 
 class Row(NamedTuple):
@@ -760,7 +777,9 @@ def preset(env: str, variant: str = "paper") -> Args:
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
     if torch.cuda.is_available():
-        args.device, args.compile, args.precision = "cuda", True, "tf32"
+        args.device = "cuda"
+        args.compile = True
+        args.precision = "tf32"
     return args
 
 
@@ -800,9 +819,11 @@ def layout(space: gym.Space):
 def flatten(parts, observation) -> np.ndarray:
     """Observations (..., *shape), or nested dicts of them, as (..., S) float32 in the order of the layout `parts`."""
     if isinstance(parts, dict):
-        return np.concatenate([flatten(part, observation[key]) for key, part in parts.items()], -1)
+        flat = [flatten(part, observation[key]) for key, part in parts.items()]
+        return np.concatenate(flat, -1)
     array = np.asarray(observation, np.float32)
-    return array.reshape(*array.shape[: array.ndim - len(parts)], -1)
+    leading = array.shape[: array.ndim - len(parts)]
+    return array.reshape(*leading, -1)
 
 
 def spaces_of(source, name: str) -> dict:
@@ -848,8 +869,10 @@ def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
 
 def open_task(args: Args) -> Task:
     """The task that --env and --dataset name: its environment, and the way to its data, which is not read yet."""
-    row, domain = ROWS.get(args.env), domain_of(args.env)
-    if row is None and (not args.env or args.env not in (args.dataset or "")):
+    row = ROWS.get(args.env)
+    domain = domain_of(args.env)
+    own = args.env and args.env in (args.dataset or "")  # a bare --dataset is its own row
+    if row is None and not own:
         near = ", ".join(difflib.get_close_matches(args.env, ROWS, 3, 0))
         raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
@@ -924,8 +947,10 @@ def evaluation_maze(dataset_id: str, spec, collected_spec) -> list:
         return [[cell == 1 for cell in line] for line in maze]
 
     with refusing(f"{dataset_id} was not collected in a maze", "AntMaze's rows need one: give another --dataset"):
-        maze, collected = maze_of(spec), walls(maze_of(collected_spec))
-    left_to_right, upside_down = [line[::-1] for line in maze], maze[::-1]
+        maze = maze_of(spec)
+        collected = walls(maze_of(collected_spec))
+    left_to_right = [line[::-1] for line in maze]
+    upside_down = maze[::-1]
     for possible in (maze, left_to_right, upside_down):
         if walls(possible) == collected:
             if possible is not maze:
@@ -1026,7 +1051,8 @@ def toy_data(seed: int, share: float = 0.05, episodes: int = 256) -> Batch:
     """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
     away = rng.random((episodes, 2)) < 1 - share
-    action = rng.normal(np.where(away, -0.3, 0.5), 0.4).clip(-1, 1)  # (E, 2)
+    mean = np.where(away, -0.3, 0.5)
+    action = rng.normal(mean, 0.4).clip(-1, 1)  # (E, 2)
     position = np.insert(action.cumsum(1), 0, 0, axis=1)  # (E, 3)
     steps = np.broadcast_to(np.arange(3), position.shape)
     state = np.stack([position, steps], -1)  # (E, 3, 2)
@@ -1042,7 +1068,8 @@ def load_minari(task: Task):
 
     Of the rewards, none after a state in which D4RL would have ended the episode.
     """
-    domain, parts, rewards = DOMAINS[task.domain], [], []
+    domain = DOMAINS[task.domain]
+    parts, rewards = [], []
     for episode in task.data.iterate_episodes():
         n = len(episode.rewards)
         state = flatten(layout(task.space), episode.observations)
@@ -1059,7 +1086,8 @@ def load_minari(task: Task):
             terminal[n - 1] = 1
         action = action[:n].reshape(n, -1)
         reward = reward[:n]
-        parts.append(Batch(state[:n], action, reward, state[1 : n + 1], terminal[:n]))
+        next_state = state[1 : n + 1]
+        parts.append(Batch(state[:n], action, reward, next_state, terminal[:n]))
         over = [step for step in range(1, n) if domain.over(state[step])]
         rewards.append(reward[: min(over, default=n)])
     if not parts:
@@ -1090,7 +1118,8 @@ def load_hdf5(task: Task):
     ends = np.flatnonzero(terminal | timeout) + 1
     episodes = np.split(reward, ends)[: len(ends)] or [reward]  # the file may end within one
     rows = np.flatnonzero(~timeout[:-1])
-    return Batch(state[rows], action[rows], reward[rows], state[rows + 1], terminal[rows]), episodes
+    next_state = state[rows + 1]
+    return Batch(state[rows], action[rows], reward[rows], next_state, terminal[rows]), episodes
 
 
 def load_data(task: Task, args: Args) -> Batch:
@@ -1118,7 +1147,8 @@ def load_data(task: Task, args: Args) -> Batch:
         spec.max_episode_steps = max(map(len, rewards))
         say(f"{spec.id} has no time limit: its episodes are cut after {spec.max_episode_steps} steps")
     limit = spec.max_episode_steps
-    task.returns = np.array([reward[:limit].sum() for reward in rewards])
+    returns = [reward[:limit].sum() for reward in rewards]
+    task.returns = np.array(returns)
     low, high = task.low.ravel(), task.high.ravel()
     action = 2 * (data.action - low) / (high - low) - 1
     most = np.abs(action).max()
@@ -1153,10 +1183,12 @@ class Actor:
             return self(state[None], streams)[0]
         agent, args = self.agent, self.agent.args
         device = agent.sde.theta_bar.device
-        T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
+        T, C = agent.sde.num_steps, args.eval_candidates
+        A = self.low.size
         streams = streams or [np.random.default_rng() for _ in state]
         noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
-        noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
+        noise = np.stack(noise, 1)
+        noise = torch.as_tensor(noise, device=device)  # (T, N, C, A)
         state = torch.as_tensor(state, device=device)
         state = state[:, None].expand(-1, C, -1)  # (N, C, S)
         action = sample_actions(agent.policy, agent.sde, state, noise, args.clip_denoised)  # (N, C, A)
@@ -1171,7 +1203,7 @@ class Actor:
         action = action.double().cpu().numpy()
         action = action.reshape(-1, *self.low.shape)
         action = self.low + (action + 1) / 2 * (self.high - self.low)
-        return np.clip(action, self.low, self.high)
+        return action.clip(self.low, self.high)
 
 
 class Episode(gym.Wrapper):
@@ -1226,7 +1258,8 @@ def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> di
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
     nor anything in training changes the result.
     """
-    K, played = envs.num_envs, []
+    K = envs.num_envs
+    played = []
     with tqdm(total=episodes, desc=f"evaluating {episodes} episodes", leave=False, disable=None) as bar:
         for first in range(0, episodes, K):  # K episodes at a time
             wave = range(first, first + K)
@@ -1257,14 +1290,17 @@ def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> di
 
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
-    returns, success = result["return"], result["success"]
+    returns = result["return"]
     score = task.score(returns)
+    success = float(result["success"].mean())
+    if math.isnan(success):  # the environment has none
+        success = None
     return dict(
         return_mean=float(returns.mean()),
         return_std=float(returns.std()),
         score_mean=float(score.mean()),
         score_std=float(score.std()),
-        success=None if np.isnan(success).all() else float(success.mean()),
+        success=success,
         length=float(result["length"].mean()),
     )
 
@@ -1386,7 +1422,12 @@ class Run:
         checksum = 0
         for column in data:
             checksum = zlib.crc32(column.cpu().numpy(), checksum)
-        self.about = dict(transitions=rows, state_dim=task.state_dim, action_dim=action_dim, data=checksum)
+        self.about = dict(
+            transitions=rows,
+            state_dim=task.state_dim,
+            action_dim=action_dim,
+            data=checksum,
+        )
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.agent = Agent(task.state_dim, action_dim, args, device)
@@ -1463,8 +1504,9 @@ class Run:
             self.step = int(saved["step"])
             self.began -= float(saved["seconds"])
             self.rows = [{name: row[name] for name in COLUMNS} for row in saved["rows"]]
-            numbers = [self.step, *(row[name] for row in self.rows for name in COLUMNS[:5])]
-            if self.step < 0 or not all(isinstance(number, int | float) for number in numbers):
+            numbers = [row[name] for row in self.rows for name in COLUMNS[:5]]
+            good = all(isinstance(number, int | float) for number in numbers)
+            if self.step < 0 or not good:
                 raise ValueError("its progress is no number")
             there = torch.device(saved["args"].device)
             here = torch.device(self.args.device)
@@ -1477,7 +1519,11 @@ class Run:
         """Writes config.json, and says what is learned from and where."""
         args, task = self.args, self.task
         mean = float(task.returns.mean())
-        data = dict(data_episodes=len(task.returns), data_return=mean, data_score=task.score(mean))
+        data = dict(
+            data_episodes=len(task.returns),
+            data_return=mean,
+            data_score=task.score(mean),
+        )
         packages = "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
         versions = {name: importlib.metadata.version(name) for name in packages}
         versions |= dict(torch=torch.__version__, python=sys.version.split()[0])  # torch with its build, as +cu130
@@ -1527,8 +1573,9 @@ class Run:
             self.actor(np.zeros((envs, self.task.state_dim)))
             steps = math.ceil(args.eval_episodes / envs) * self.task.spec.max_episode_steps
             self.evaluating = steps * (time.monotonic() - began)
+        updating = (args.num_steps - self.step) / rate
         evaluations = math.ceil(args.num_steps / args.eval_every) - self.step // args.eval_every
-        return tqdm.format_interval((args.num_steps - self.step) / rate + evaluations * self.evaluating)
+        return tqdm.format_interval(updating + evaluations * self.evaluating)
 
     def due(self) -> bool:
         """Whether the policy of this step is to be evaluated and has not been."""
@@ -1670,7 +1717,8 @@ def draw_toy(left, right, run: Run):
     left.plot(x, ToyEnv.reward(x))
     left.twinx().hist(position, 60, density=True, alpha=0.4, color="tab:orange")
     left.set(xlabel="state", ylabel="reward", title="Reward, and density of the data")
-    action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
+    action = torch.linspace(-1, 1, 201, device=run.args.device)
+    action = action[:, None]
     state = torch.zeros_like(action).expand(-1, 2)
     with torch.no_grad():
         q = run.agent.critics(state, action).cpu()  # (M, 201)
@@ -1731,7 +1779,8 @@ def evaluate_only(args: Args) -> int:
             spec = find_env(row.env)
         else:
             spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
-        task = make_task(domain_of(args.env), None, saved["dataset_id"], spec, saved["refs"])
+        domain = domain_of(args.env)
+        task = make_task(domain, None, saved["dataset_id"], spec, saved["refs"])
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
@@ -1755,7 +1804,8 @@ def read_words(argv: list[str], default: Args) -> Args:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        _, *parts = re.split("[─-]{4,}", re.sub("[│╭╮╰╯|+]", " ", said.getvalue()))  # a title, then what it says
+        text = re.sub("[│╭╮╰╯|+]", " ", said.getvalue())
+        _, *parts = re.split("[─-]{4,}", text)  # a title, then what it says
         words = " ".join(" ".join(parts).split())
         raise UserError(words or "the settings make no sense: --help shows them") from None
 
@@ -1772,7 +1822,9 @@ def saved_settings(given: Args) -> Args | None:
     if not saved["dataset_id"].endswith(HDF5):
         args.dataset = saved["dataset_id"]  # with the version that it had
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        args.device, args.compile, args.precision = "cpu", False, "float32"
+        args.device = "cpu"
+        args.compile = False
+        args.precision = "float32"
     return args
 
 
