@@ -166,8 +166,8 @@ class MeanRevertingSDE:
 
     def diffuse(self, x_0, t, eps):
         """Eq. 4: x_t from clean x_0 and standard Gaussian noise eps."""
-        decay, std = self.decay(0, t), self.var(0, t).sqrt()
-        return decay.to(self.dtype) * x_0 + std.to(self.dtype) * eps
+        decay, var = self.transition(0, t)
+        return decay * x_0 + var.sqrt() * eps
 
     def score(self, x_t, x_0, t):
         """Eq. 28: the gradient of log p(x_t | x_0) with respect to x_t, for t >= 1."""
@@ -186,13 +186,14 @@ class MeanRevertingSDE:
 
     def predict_x0(self, x_t, t, eps):
         """Eq. 8: x0-hat, the x_0 of which x_t is the diffused value if its noise is eps."""
-        growth, std = torch.exp(self.between(0, t)), self.var(0, t).sqrt()
-        return growth.to(self.dtype) * (x_t - std.to(self.dtype) * eps)
+        decay, var = self.transition(0, t)
+        return (x_t - var.sqrt() * eps) / decay
 
     def log_prob(self, x_t, x_tau, tau, t):
         """log p(x_t | x_tau), the density of Eq. 2 for tau < t. Shape: x's without its last axis."""
         decay, var = self.transition(tau, t)
-        return (-0.5 * (x_t - decay * x_tau) ** 2 / var - 0.5 * torch.log(2 * torch.pi * var)).sum(-1)
+        squares = (x_t - decay * x_tau) ** 2 / var
+        return -0.5 * (squares + torch.log(2 * torch.pi * var)).sum(-1)
 
     def log_prob_x1(self, x_1, x_T, x_0):
         """Eq. 14: log p(x_1 | x_T, x_0) by Bayes' rule on the densities of Eq. 2."""
