@@ -296,7 +296,7 @@ def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_bad_
 
 
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES))
-def test_sde_coefficients_are_computed_in_float64_and_rounded_once(T, schedule):
+def test_sde_coefficients_are_computed_in_float64_and_rounded(T, schedule):
     single, t, one = MeanRevertingSDE(T, schedule), torch.arange(1, T + 1), torch.ones(T, 1)
     for name, function in AT_ONE_TIME.items():
         if name not in ("log_prob", "score"):  # which are computed from Eq. 2's coefficients, in x's own precision
@@ -419,15 +419,20 @@ def test_eq7_posterior_matches_bayes_rule(case):
     agree("Eq. 6-7: log density, as of Eq. 34", log_p, likelihood + prior - evidence, atol=1e-10 * size)
 
 
+def assert_residual(name, residual, std, x_t):
+    """Of a conditional mean at three times: Gaussian with that deviation, and without a slope over x_t."""
+    assert_gaussian(f"{name}: residual", residual, 0.0, std, sees=0.04, comparisons=3)
+    products = residual / std * (x_t - x_t.mean()) / x_t.std()
+    assert_mean(f"{name}: slope over x_t", products, 0.0, sees=0.04, comparisons=3)
+
+
 @pytest.mark.parametrize("t", [2, 3, 4])
 def test_eq6_and_eq7_are_the_law_of_simulated_states_before_x_t_and_after_x_0(t):
     before = simulated(np.full(100_000, 0.9), "cosine", 5, 0, t - 1, seed=5)
     x_t = simulated(before, "cosine", 5, t - 1, t, seed=6)
     mean, var = sde64().posterior(torch.tensor(x_t), torch.tensor(0.9), t)
     residual, std = before - mean.numpy(), math.sqrt(var)
-    assert_gaussian("Eq. 7: residual", residual, 0.0, std, sees=0.04, comparisons=3)
-    products = residual / std * (x_t - x_t.mean()) / x_t.std()
-    assert_mean("Eq. 7: slope over x_t", products, 0.0, sees=0.04, comparisons=3)
+    assert_residual("Eq. 7", residual, std, x_t)
 
 
 @given(cases())
@@ -445,9 +450,7 @@ def test_eq8_of_the_mean_noise_is_the_mean_of_x_0_given_a_simulated_x_t(t):
     eps = -math.sqrt(1 - math.exp(-2 * b)) * mixture_score(x_t, b, *np.array([[1], [m], [s]]))
     residual = x_0 - sde64().predict_x0(torch.tensor(x_t), t, torch.tensor(eps)).numpy()
     std = s * math.sqrt((1 - math.exp(-2 * b)) / (1 - math.exp(-2 * b) + s**2 * math.exp(-2 * b)))
-    assert_gaussian("Eq. 8: residual", residual, 0.0, std, sees=0.04, comparisons=3)
-    products = residual / std * (x_t - x_t.mean()) / x_t.std()
-    assert_mean("Eq. 8: slope over x_t", products, 0.0, sees=0.04, comparisons=3)
+    assert_residual("Eq. 8", residual, std, x_t)
 
 
 @given(cases())
