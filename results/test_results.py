@@ -252,3 +252,19 @@ def test_results_peers_learn_what_there_is_to_learn_and_td3bc_more_than_regressi
     with pytest.raises(SystemExit) as stop:
         peers.main(["td3bc", "--env", "nowhere", "--out", str(tmp_path)])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_results_pointmaze_is_recorded_by_one_who_does_not_know_the_goal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    pointmaze = script("pointmaze")
+    pointmaze.main(["--episodes", "20"])
+    args = erdp.parse(["--dataset", pointmaze.DATASET, "--device", "cpu"])
+    task = erdp.open_task(args)
+    data = erdp.load_data(task, args)
+    assert (data.state.shape, data.action.shape) == ((6000, 8), (6000, 2)) and not data.terminal.any()
+    near = (data.next_state[:, :2] - data.next_state[:, 2:4]).norm(dim=1) <= 0.45  # of what is reached and desired
+    assert torch.equal(near.float(), data.reward) and 0 < near.float().mean() < 0.3
+    assert 0 < task.score(task.returns.mean()) < 30 and task.ref_max > 200, "who knows the goal is mostly there"
+    with pytest.raises(SystemExit) as stop:
+        pointmaze.main([])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
