@@ -4,7 +4,7 @@
     python erdp.py --dataset pointmaze/wanderer-v0 --q-time 3 --num-critics 4 --num-steps 20000 --eval-every 10000
 
 In Gymnasium-Robotics' U maze (MuJoCo) a ball, pushed by two forces, is paid 1 for each of 300 steps that ends within
-0.45 of a goal at the end of one arm. The data are a wanderer's, who goes to one random cell after the other and does not
+0.45 of a goal at the end of one arm. The data are a wanderer's, who goes to one random cell after another and does not
 know the goal. Score 0 is no reward, 100 the mean return of a walker who knows the goal, measured here.
 """
 
