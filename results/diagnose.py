@@ -40,6 +40,7 @@ def load(path: Path):
 
 # ==== 1. Gradients ====================================================================================================
 
+
 def gradient(loss, module) -> torch.Tensor:
     """The gradient of `loss` in the weights of `module`, as one vector."""
     return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(module.parameters()))])
@@ -113,6 +114,7 @@ def loss_terms(agent, data, count: int = BATCHES) -> dict[str, tuple[float, floa
 
 # ==== 2. Values and actions ===========================================================================================
 
+
 def episode_ends(data) -> np.ndarray:
     """The last row of each episode: a terminal one, or one whose next state is not the following row's state."""
     state, next_state, terminal = (np.asarray(x) for x in (data.state, data.next_state, data.terminal))
@@ -157,13 +159,14 @@ def start_actions(agent, data, starts) -> dict[str, np.ndarray]:
     for name, candidates in {"the policy's samples": 1, "as it acts": own}.items():
         agent.args = dataclasses.replace(agent.args, eval_candidates=candidates)
         states = first[near].repeat(4, 1).numpy()
-        taken[name] = np.concatenate([
-            actor(state[None], [np.random.default_rng((0, k))]) for k, state in enumerate(states)
-        ])
+        taken[name] = np.concatenate(
+            [actor(state[None], [np.random.default_rng((0, k))]) for k, state in enumerate(states)]
+        )
     return taken
 
 
 # ==== 3. The page =====================================================================================================
+
 
 def diagnosis(folder: Path, out: Path) -> str:
     agent, data, task, step = load(folder / "checkpoint.pt")

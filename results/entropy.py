@@ -64,6 +64,7 @@ def policy_terms(policy, sde, action, args, generator):
 
 # ---- (a) the estimate ------------------------------------------------------------------------------------------------
 
+
 def true_entropy(modes, width) -> float:
     """The differential entropy of equally likely Gaussians at `modes`, by integration over a fine grid."""
     x = np.linspace(min(modes) - 10 * width, max(modes) + 10 * width, 20_001)
@@ -83,6 +84,7 @@ def estimates(modes, width) -> list[float]:
 
 
 # ---- (b) what it does to a policy ------------------------------------------------------------------------------------
+
 
 def trained(alpha: float, variant: str, seed: int):
     """A NoiseNetwork after UPDATES updates on TARGET with diffusion loss and entropy term (eta = 1, so lambda = 1)."""
@@ -128,6 +130,7 @@ def expected_deviation(variant: str, alpha: float) -> str:
 
 
 # ---- (c) its share of the gradient -----------------------------------------------------------------------------------
+
 
 def gradients_of_eq15(agent, batch, noise, args):
     """Of diffusion, Q and entropy term of one batch in the policy's weights, (3, P).
@@ -197,6 +200,7 @@ def gradient_lines(name: str, agent, data):
 
 
 # ---- (d) a term that measures entropy --------------------------------------------------------------------------------
+
 
 def sde_of(T: int = 5, all_times: bool = False):
     """An SDE in float64, whose `erdp.entropy_weights` leave out the late times or not."""
@@ -292,6 +296,7 @@ def own_samples(alpha: float) -> tuple[float, Spread]:
 
 # ---- small runs ------------------------------------------------------------------------------------------------------
 
+
 def toy(alpha: float, seed: int) -> tuple[float, float]:
     """Scores of a toy run of variant "debruijn" after its last update: acting by the best of 50, and plain samples."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -330,6 +335,7 @@ value of 50 samples and by plain samples. Against alpha = 0: mean over seeds of 
 
 
 # ---- the files -------------------------------------------------------------------------------------------------------
+
 
 def shares(norms: list) -> str:
     """(c): what the columns are, and the table."""

@@ -16,10 +16,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from figure1 import figure1
+from figure1 import figure1, in_words
 from matplotlib import pyplot as plt
 from pages import RESULTS, draw_band, save, table
-from runs import CLIPPED_DOUBLE_Q, MEASURING, RECORDS, Group, Run, collect, group_runs, label, read_records, read_runs
+from runs import (
+    CLIPPED_DOUBLE_Q,
+    CLONING,
+    MEASURING,
+    RECORDS,
+    Group,
+    Run,
+    collect,
+    group_runs,
+    label,
+    read_records,
+    read_runs,
+)
+from scipy.stats import t as student
 
 import erdp
 from erdp import UserError
@@ -82,6 +95,7 @@ def sections() -> list[Section]:
 
 # ==== 2. Tables =======================================================================================================
 
+
 def of_arm(groups: list[Group], env: str, arm: dict) -> Group | None:
     """The group that may stand beside a figure of the paper: its data, its settings, its number of updates."""
     return next((group for group in groups if group.own_data and (group.env, group.arm) == (env, arm)), None)
@@ -120,6 +134,13 @@ def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> st
         if lines:
             head = ["row", "data set", "data's own score", "settings", "updates", "episodes", "final", "best", "seeds"]
             text += [f"## {title}\n", "Not to be held against the paper's figures.\n", table(head, lines) + "\n"]
+    if lines := against_cloning(rest):
+        head = ["row", "data set", "settings", "updates", "ahead of cloning by", "seeds"]
+        note = (
+            "Final scores, seed by seed: both play the same episodes. Mean difference with its 95% interval, "
+            "by Student's t over seeds; bold: the interval leaves out 0.\n"
+        )
+        text += ["## Learning with Q against cloning\n", note, table(head, lines) + "\n"]
     text += ["![Learning curves of the runs on other data](curves.png)\n"] * ("curves.png" in pictures)
     if unfinished:
         lines = [[run.name, f"{run.evaluations['step'][-1]:,.0f} of {run.config['num_steps']:,}"] for run in unfinished]
@@ -127,7 +148,30 @@ def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> st
     return "\n".join(text)
 
 
+def against_cloning(groups: list[Group]) -> list[list]:
+    """The lines of every arm with two seeds or more in common with cloning of the same loss and length."""
+
+    def alike(group):  # what an arm has in common with the cloning that it is held against
+        shared = MEASURING | {"loss", "clip_denoised", "schedule", "num_diffusion_steps"}
+        return group.env, group.data, group.transitions, {name: x for name, x in group.arm.items() if name in shared}
+
+    cloned = [group for group in groups if CLONING.items() <= group.arm.items()]
+    lines = []
+    for group in groups:
+        for other in (other for other in cloned if group not in cloned and alike(other) == alike(group)):
+            ours, theirs = group.finals(), other.finals()
+            gains = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+            if (n := len(gains)) > 1:
+                gain = gains.mean()
+                reach = student.ppf(0.975, n - 1) * gains.std(ddof=1) / n**0.5
+                words = in_words(gain, (gain - reach, gain + reach), "+.1f")
+                steps = f"{group.runs[0].config['num_steps']:,}"
+                lines.append([group.env, group.data, label(group.arm), steps, words, n])
+    return lines
+
+
 # ==== 3. Learning curves ==============================================================================================
+
 
 def draw_curves(path: Path, panels: dict[str, dict[str, Group]]):
     """A panel for each title, three in a row, with the data's own score as a dashed line where it is known."""
@@ -169,6 +213,7 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
 
 
 # ==== 4. The command line =============================================================================================
+
 
 def report(runs: list[Run], out: Path):
     """All tables and pictures, into the folder `out`."""

@@ -61,6 +61,16 @@ def section(text, title):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"][2:]
 
 
+def test_report_holds_arms_against_cloning_seed_by_seed(tmp_path):
+    for arm, settings in {"bc": runs.CLONING, "ours": dict(q_time=3), "other loss": dict(loss="posterior")}.items():
+        for seed, score in enumerate([[10.0, 20, 30], [15.0, 24, 36]][arm == "ours"]):
+            folder = tmp_path / f"{arm}{seed}"
+            record(folder, "hopper-medium-v2", (score,), "x/hopper.hdf5", seed=seed, **(dict(loss="noise") | settings))
+    (line,) = section(written(tmp_path), "Learning with Q against cloning")
+    assert line[0] == "hopper-medium-v2" and "--q-time 3" in line[2] and line[-1] == "3"
+    assert line[4] == "**+5.0 [+2.5, +7.5]**", "5, 4 and 6 by seed: 5 ± 4.303 * 1 / sqrt(3)"
+
+
 def test_report_the_papers_averages_are_the_means_of_the_transcribed_rows():
     tables = [(figures, average) for _, figures, average in report.TABLES_1_AND_2.values() if average]
     tables += [([mean for mean, _ in figures], average) for figures, average in report.TABLE_5.values()]
