@@ -178,7 +178,8 @@ def trained_agent(path: Path):
     agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
     with erdp.refusing(f"{path} is not a whole checkpoint.pt of a run", "give that of another run"):
         agent.load_state_dict(saved["agent"])
-    name = f"{args.env} on {saved['dataset_id']}, alpha {args.entropy_coef:g}, {saved['step']} updates"
+    data = "/".join(Path(saved["dataset_id"]).parts[-3:])
+    name = f"{args.env} on {data}, alpha {args.entropy_coef:g}, {saved['step']} updates"
     return name, agent, erdp.load_data(erdp.open_task(args), args)
 
 
