@@ -314,7 +314,8 @@ def main():
         text = f"Updates a second:\n\n{text}\n\nEvaluation in AntMaze's umaze, untrained policy, {acting}."
     print("\n".join(["", head, text, "", *bench]))
     if options.out:
-        options.out.write_text(f"# Speed\n\n{head}\n{text}\n")
+        title = "How the cost of an update grows" if options.growth else "Speed"
+        options.out.write_text(f"# {title}\n\n{head}\n{text}\n")
 
 
 if __name__ == "__main__":
