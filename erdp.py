@@ -42,6 +42,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
 # ==== 1. Settings: Section 4.1 and Table 4, whose lines are in DOMAINS ================================================
@@ -53,7 +54,7 @@ class Args:
     add --env ROW to --help to see it."""
 
     env: str = "toy"  # toy, or a row of the paper's tables, such as antmaze-umaze-v0 (none: the --dataset's id)
-    seed: int = 0  # of initialisation, batches, noise and evaluation
+    seed: int = 0  # of initialisation, batches, noise and evaluation, and of the toy's data
     dataset: str | None = None  # a Minari id or an .hdf5 path in D4RL's layout, in place of the row's own data
     variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
     device: str = "cpu"  # cpu, cuda or cuda:N
@@ -87,7 +88,7 @@ class Args:
     eval_candidates: int = 50  # samples of which one is drawn by softmax over their value; 1: a plain sample
     compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products: tf32 (CUDA); bf16: the ensemble's alone
-    eval_env: str | None = None  # environment of a data set that names none: an id, module:id or module:Class
+    eval_env: str | None = None  # environment in place of the row's or the data set's: an id, module:id or module:Class
     run_dir: str | None = None  # the run's own folder (default: runs/<env>__<variant>__<seed>)
     resume: bool = False  # go on from the run folder's checkpoint
     eval_only: bool = False  # evaluate a trained policy, print its score and write nothing
@@ -430,7 +431,7 @@ def critic_loss(critics, critics_target, batch: Batch, next_state, next_action, 
             next_q = next_q.amin(0, keepdim=True)  # (1, B)
         target = batch.reward + args.discount * (1 - batch.terminal) * next_q
     q = critics(batch.state, batch.action)  # (M, B)
-    return {"critic_loss": ((q - target) ** 2).mean(), "q": q}
+    return {"critic_loss": ((q - target) ** 2).mean(), "q": q.detach()}
 
 
 def lcb(q, beta: float = 4.0, unbiased: bool = False):
@@ -506,7 +507,7 @@ def update(agent: Agent, batch: Batch, noise: Noise) -> dict:
     critic = agent.critic_loss(agent.critics, agent.critics_target, batch, next_state, next_action, args)
     optimizer_step(critic["critic_loss"], agent.critics, agent.critic_optimizer, args.grad_norm)
     # Diffusion policy learning, against the updated Q
-    q = critic["q"].detach()
+    q = critic["q"]
     policy = agent.policy_loss(agent.policy, agent.critics, sde, batch, noise, q, args)
     optimizer_step(policy["policy_loss"], agent.policy, agent.policy_optimizer, args.grad_norm)
     # Target networks
@@ -643,6 +644,8 @@ def write_whole(path: Path, write: Callable, mode: str = "wb"):
         try:
             with open(part, mode) as file:
                 write(file)
+                file.flush()
+                os.fsync(file.fileno())  # or a lost machine may leave the new name without its content
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -740,7 +743,7 @@ class Row(NamedTuple):
 
     domain: str
     dataset: str
-    env: str | gym.envs.registration.EnvSpec | None  # for evaluation, as --eval-env; None: the one that the data name
+    env: str | EnvSpec | None  # for evaluation, as --eval-env; None: the one that the data name
     max_steps: int  # of an episode
     ref_min: float  # returns of score 0 and 100
     ref_max: float
@@ -751,7 +754,7 @@ ROBOTS = {
     "hopper": ("Hopper-v4", 1000, -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1000, 1.629008, 4592.3),
 }
-TOY = gym.envs.registration.EnvSpec("Toy-v0", ToyEnv, max_episode_steps=2)
+TOY = EnvSpec("Toy-v0", ToyEnv, max_episode_steps=2)
 ROWS = {"toy": Row("toy", "toy-5", TOY, 2, 0.0, ToyEnv.best_return())}
 for level in ("medium", "medium-replay", "medium-expert"):
     for robot, rule in ROBOTS.items():
@@ -770,15 +773,15 @@ def domain_of(env: str) -> str:
     return ROWS[env].domain if env in ROWS else "own"
 
 
-def preset(env: str, variant: str = "paper") -> Args:
-    """The paper's settings for `env`, on this machine's device."""
+def preset(env: str, variant: str = "paper", device: str = "") -> Args:
+    """The paper's settings for `env`, on `device` or this machine's own."""
     args = Args(env=env, **DOMAINS[domain_of(env)].settings)
     if variant == "debruijn":
         args.entropy_coef = DEBRUIJN_ALPHA
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
-    if torch.cuda.is_available():
-        args.device = "cuda"
+    args.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device != "cpu":
         args.compile = True
         args.precision = "tf32"
     return args
@@ -791,7 +794,7 @@ class Task:
     domain: str  # a key of DOMAINS
     data: object  # MinariDataset, Path of an HDF5 file, the toy's share of good steps, or None where none is read
     dataset_id: str
-    spec: gym.envs.registration.EnvSpec
+    spec: EnvSpec
     space: gym.Space  # of what the policy sees: all, or some parts, of an observation
     low: np.ndarray  # action bounds, in the environment's shape
     high: np.ndarray
@@ -842,12 +845,19 @@ def spaces_of(source, name: str) -> dict:
     )
 
 
+def written(spec: EnvSpec) -> str | None:
+    """The specification as files keep it; None where it holds the class itself, as the toy's."""
+    return spec.to_json() if isinstance(spec.entry_point, str) else None
+
+
 def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
     """The Task of an environment, which is made, with the arguments `kwargs`, to see its spaces."""
     with refusing(f"the environment of {dataset_id} cannot be made", CANNOT_MAKE), quiet():
         env = gym.make(spec, **kwargs)
         env.close()
     name, space = env.spec.id, env.observation_space
+    with refusing(f"{name} cannot be kept in a policy file", "register it with plain numbers, lists and words"):
+        written(env.spec)
     found = spaces_of(env, name)
     if recorded := getattr(data, "spec", None):  # what a Minari set says of itself
         theirs = spaces_of(recorded, dataset_id)
@@ -872,10 +882,6 @@ def open_task(args: Args) -> Task:
     """The task that --env and --dataset name: its environment, and the way to its data, which is not read yet."""
     row = ROWS.get(args.env)
     domain = domain_of(args.env)
-    own = args.env and args.env in (args.dataset or "")  # a bare --dataset is its own row
-    if row is None and not own:
-        near = ", ".join(difflib.get_close_matches(args.env, ROWS, 3, 0))
-        raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
     source = args.dataset or row.dataset
     if domain == "toy":
         if args.eval_env:
@@ -934,7 +940,7 @@ def find_env(name):
     module, _, inner = name.rpartition(":")
     with refusing(f"environment {name} is not there", "give an id, or module:Class with the module in this folder"):
         if module and hasattr(importlib.import_module(module), inner):
-            return gym.envs.registration.EnvSpec(f"{inner}-v0", entry_point=name)
+            return EnvSpec(f"{inner}-v0", entry_point=name)
         return gym.spec(inner)
 
 
@@ -1175,9 +1181,9 @@ class Actor:
     def __call__(self, observation, streams=None) -> np.ndarray:
         """Flat states (N, S), or dicts as the environment has them -> actions (N, ...) within the environment's bounds.
 
-        One observation without the first axis gives one action. State n draws from the random generator streams[n].
+        One observation, in any shape, gives one action. State n draws from the random generator streams[n].
         """
-        if isinstance(observation, dict):
+        if isinstance(observation, dict) or list(np.shape(observation)) == self.layout:
             observation = flatten(self.layout, observation)
         state = np.asarray(observation, np.float32)
         if state.ndim == 1:
@@ -1253,7 +1259,7 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
         return gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
 
 
-def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> dict | None:
+def evaluate(actor, envs, episodes: int, seed: int, stops=()) -> dict | None:
     """Plays `episodes` episodes: their return, success (NaN where the environment has none), length; None if stopped.
 
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
@@ -1274,7 +1280,7 @@ def evaluate(actor, envs, episodes: int, seed: int, stopped=lambda: False) -> di
             success = np.full(K, np.nan)
             length = np.zeros(K)
             while alive.any():
-                if stopped():
+                if stops:  # which a signal fills
                     return None
                 playing = [streams[k] for k in np.flatnonzero(alive)]
                 actions[alive] = actor(state[alive], playing)
@@ -1317,7 +1323,7 @@ def in_words(row: dict) -> str:
 
 FORMAT = 2  # of the files below
 ACTING = "policy", "critics_target"  # what a policy.pt has of an agent
-SAVE_EVERY = 600  # seconds between two checkpoints at the most
+SAVE_EVERY = 600  # seconds of updates between two checkpoints at the most
 LOG_EVERY = 100  # updates between two readings of the losses
 SPEAK_EVERY = 300  # seconds between two lines in a log file
 COLUMNS = "step", "return_mean", "return_std", "score_mean", "score_std", "success", "length", *METRICS, "seconds"
@@ -1348,7 +1354,8 @@ def load_file(path: Path, device="cpu") -> dict:
         for name, hint in get_type_hints(Args).items():
             value = getattr(saved["args"], name)
             allowed = get_args(hint) or (hint,)  # types, or the words of a Literal
-            if type(value) not in allowed and value not in allowed or value != value:  # NaN
+            fits = type(value) in allowed or value in allowed
+            if not fits or value != value:  # NaN
                 raise TypeError(f"its {name} is {value}")
         return saved
 
@@ -1396,14 +1403,12 @@ def interruptible():
         yield stops
 
 
-def check_moments(optimizer, begun: bool):
+def check_moments(optimizer):
     """Raises where an optimiser's state does not fit its parameters: fused Adam itself would read beyond them."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter in parameters if begun else ():
+    for parameter in optimizer.param_groups[0]["params"]:
         state = optimizer.state[parameter]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].shape != parameter.shape:
-                raise ValueError(f"an optimiser's {name} does not fit")
+        if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
+            raise ValueError("an optimiser's moments do not fit")
 
 
 class Run:
@@ -1453,13 +1458,13 @@ class Run:
 
     def write(self, name: str, **content):
         """A file that `load_file` reads: `content`, and what a policy needs to be evaluated without the data."""
-        task, spec = self.task, self.task.spec
+        task = self.task
         saved = dict(
             format=FORMAT,
             args=vars(self.args),
             about=self.about,
             dataset_id=task.dataset_id,
-            spec=spec.to_json() if isinstance(spec.entry_point, str) else None,
+            spec=written(task.spec),
             refs=(task.ref_min, task.ref_max),
             layout=self.actor.layout,
             low=task.low.tolist(),
@@ -1499,8 +1504,9 @@ class Run:
             if saved["about"] != self.about:
                 raise UserError(f"{path} belongs to the data {saved['about']}, not to {self.about}: give those")
             self.agent.load_state_dict(saved["agent"])
-            for optimizer in (self.agent.policy_optimizer, self.agent.critic_optimizer):
-                check_moments(optimizer, bool(self.agent.updates > 0))
+            if self.agent.updates > 0:
+                check_moments(self.agent.policy_optimizer)
+                check_moments(self.agent.critic_optimizer)
             self.totals.copy_(saved["totals"])
             self.step = int(saved["step"])
             self.began -= float(saved["seconds"])
@@ -1510,8 +1516,7 @@ class Run:
             if self.step < 0 or not good:
                 raise ValueError("its progress is no number")
             there = torch.device(saved["args"].device)
-            here = torch.device(self.args.device)
-            if there.type == here.type:
+            if there.type == self.generator.device.type:
                 self.generator.set_state(saved["generator"])
             else:  # the two kinds of device have different generators
                 self.generator.manual_seed(self.args.seed + self.step)
@@ -1587,7 +1592,7 @@ class Run:
     def evaluate(self, stops):
         """Evaluates the policy and keeps what comes out, the checkpoint last; nothing if it is stopped."""
         args, began = self.args, time.monotonic()
-        result = evaluate(self.actor, self.envs, args.eval_episodes, args.seed, lambda: stops)
+        result = evaluate(self.actor, self.envs, args.eval_episodes, args.seed, stops)
         if result is None:
             return
         now = time.monotonic()
@@ -1630,7 +1635,7 @@ class Run:
                 bar.update()
                 if stops or self.due() or self.step % LOG_EVERY == 0:
                     self.check(bar)
-                    if time.monotonic() - self.saved > SAVE_EVERY:
+                    if self.due() or time.monotonic() - self.saved > SAVE_EVERY:
                         self.save()
             if stops:
                 self.save()
@@ -1665,7 +1670,7 @@ def train(args: Args) -> int:
                 say(f"{folder} is finished, with {steps} updates")
                 return 0
     if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # which "cuda" alone has not
     task = open_task(args)
     data = load_data(task, args)
     with refusing("the networks and batches cannot be made", "give smaller sizes"):
@@ -1772,14 +1777,10 @@ def evaluate_only(args: Args) -> int:
     path = policy_file(args)
     saved = load_file(path, args.device)
     actor = actor_of(saved, path, args.device, args.eval_candidates)
-    row = ROWS.get(args.env)
     if args.env != "toy":
         register_robots()
     with refusing(f"{path} names no environment that can be made", "see that what it needs is installed"):
-        if row and row.env:
-            spec = find_env(row.env)
-        else:
-            spec = gym.envs.registration.EnvSpec.from_json(saved["spec"])
+        spec = TOY if args.env == "toy" else EnvSpec.from_json(saved["spec"])
         domain = domain_of(args.env)
         task = make_task(domain, None, saved["dataset_id"], spec, saved["refs"])
     with contextlib.closing(make_envs(task, args.eval_episodes)) as envs:
@@ -1788,7 +1789,7 @@ def evaluate_only(args: Args) -> int:
     return 0
 
 
-# Settings that a resumed or evaluated run may change, as they do not change what it learns or learned.
+# Settings that a resumed or evaluated run may change, as but for rounding they do not change what it learns or learned.
 FREE = set("num_steps device compile precision dataset eval_env eval_every eval_episodes eval_candidates".split())
 FREE |= set("run_dir resume checkpoint eval_only".split())
 ZERO_TOO = "seed", "ema_start"  # counts that may be 0
@@ -1822,7 +1823,7 @@ def saved_settings(given: Args) -> Args | None:
     args = dataclasses.replace(saved["args"], run_dir=given.run_dir, resume=False)
     if not saved["dataset_id"].endswith(HDF5):
         args.dataset = saved["dataset_id"]  # with the version that it had
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device != "cpu" and (given.device == "cpu" or not torch.cuda.is_available()):
         args.device = "cpu"
         args.compile = False
         args.precision = "float32"
@@ -1835,12 +1836,16 @@ def parse(argv: list[str]) -> Args:
     Raises UserError where they make no sense, or would change what a run has learned.
     """
     words = [word for word in argv if word not in ("-h", "--help")]
-    given = read_words(words, Args(env=""))  # read twice: first to see which row or run the defaults come from
+    nothing = Args(env="", device="")
+    given = read_words(words, nothing)  # read twice: first to see which row or run the defaults come from
     default = saved_settings(given) if given.resume or given.eval_only else None
     name = given.env or given.dataset or "toy"
     if re.fullmatch(r"toy-\d+", name):
         name = "toy"
-    args = read_words(argv, default or preset(name, given.variant))
+    args = read_words(argv, default or preset(name, given.variant, given.device))
+    if not default and args.env not in (*ROWS, args.dataset):  # a bare --dataset is its own row
+        near = ", ".join(difflib.get_close_matches(args.env, ROWS, 3, 0))
+        raise UserError(f"--env {args.env} is not a row of the paper's tables: the nearest names are {near}")
 
     def require(good: bool, name: str, words: str):
         if not good:
@@ -1851,7 +1856,7 @@ def parse(argv: list[str]) -> Args:
         steps = 3  # its entropy term has the times 1, 2 and T
     require(T >= steps, "num_diffusion_steps", f"at least {steps} here")
     require(args.q_time is None or 1 <= args.q_time <= T, "q_time", f"a diffusion time, 1 to {T}")
-    free = FREE | {"seed"} if given.eval_only else FREE
+    free = FREE - {"eval_env"} | {"seed"} if given.eval_only else FREE
     for name, value in vars(args).items():
         if default and name not in free and value != getattr(default, name):
             problem = f"the run was made with --{name.replace('_', '-')} {getattr(default, name)}"
@@ -1871,9 +1876,7 @@ def parse(argv: list[str]) -> Args:
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     count = torch.cuda.device_count()
-    devices = {"cpu"} | {f"cuda:{n}" for n in range(count)}
-    if count:
-        devices.add("cuda")
+    devices = ["cpu", *["cuda"][:count], *(f"cuda:{n}" for n in range(count))]
     if args.device not in devices:
         there = f"PyTorch sees {count} CUDA devices"
         raise UserError(f"--device {args.device} is not there: {there}; give --device cpu, cuda or cuda:N")
@@ -1894,7 +1897,7 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print("erdp:", error, file=sys.stderr)
         return 1
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         print("erdp: this needs more memory than there is: give smaller sizes", file=sys.stderr)
         return 2
     except BrokenPipeError:  # of --help, whose reader has seen enough
