@@ -1413,6 +1413,18 @@ def test_presets_of_the_toy_and_of_unknown_data_and_with_a_gpu(monkeypatch):
     assert (toy.num_diffusion_steps, toy.entropy_coef, toy.lcb_coef, toy.pessimism) == (5, 0.01, 4.0, "lcb")
     assert erdp.domain_of("toy") == "toy" and erdp.domain_of("elsewhere") == "own"
     assert erdp.preset("elsewhere") == Args(env="elsewhere", device="cuda", compile=True, precision="tf32")
+    assert erdp.parse(["--device", "cpu"]) == erdp.preset("toy", device="cpu"), "without what is the GPU's"
+    assert not erdp.preset("toy", device="cpu").compile and erdp.preset("toy", device="cpu").precision == "float32"
+
+
+@pytest.mark.parametrize("device, number", [("cuda", 0), ("cuda:1", 1)])
+def test_runs_on_a_gpu_make_it_the_current_device(device, number, tmp_path, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)  # what PyTorch itself calls
+    monkeypatch.setattr(erdp, "open_task", lambda args: pytest.fail("reached", pytrace=False))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        erdp.train(Args(env="toy", device=device, run_dir=str(tmp_path / "run")))
+    assert current == [number], "before the data are read"
 
 
 @pytest.mark.parametrize("env", ["toy", "antmaze-umaze-v0", "hopper-medium-v2"])
@@ -1888,6 +1900,8 @@ def test_actor_in_a_state_depends_on_its_own_stream_alone(candidates):
     agree("a dict", act(dict(a=states[2, :1], b=states[2, 1:, None]), 2), alone[2], rtol=0, atol=0)
     many = np.zeros((40, 3))
     assert not np.array_equal(actor(many), actor(many)), "without streams every call is another draw"
+    actor.layout = [3, 1]  # an environment that observes a column
+    agree("a column", act(states[2][:, None], 2), alone[2], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("clip_denoised", [True, False], ids=["action clip", "none"])
@@ -2123,6 +2137,17 @@ def test_runs_save_at_the_latest_after_ten_minutes_and_from_the_beginning(finish
     assert (saved["step"], [row["step"] for row in saved["rows"]]) == (10, [4, 8]), "update 10 is no evaluation's"
     assert run(tmp_path / "run", "--resume") == 0
     assert_same("saved between two evaluations", outcome(tmp_path / "run"), outcome(finished))
+
+
+def test_runs_killed_in_an_evaluation_have_all_updates_before_it(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(erdp, "evaluate", lambda *given: pytest.fail("killed", pytrace=False))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            run(tmp_path / "run")
+    saved = checkpoint(tmp_path / "run")
+    assert (saved["step"], saved["rows"]) == (4, [])
+    assert run(tmp_path / "run", "--resume") == 0
+    assert_same("killed in an evaluation", outcome(tmp_path / "run"), outcome(finished))
 
 
 def test_runs_stopped_in_an_evaluation_record_nothing_of_it(finished, tmp_path, monkeypatch):
@@ -2409,7 +2434,7 @@ def test_run_without_reference_scores_or_time_limit_says_so(minari_root, tmp_pat
     assert erdp.main(["--eval-only", "--run-dir", str(tmp_path / "run")]) == 0
 
 
-def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_root, tmp_path, monkeypatch):
+def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_root, tmp_path, monkeypatch, capsys):
     spaces = dict(observation_space=Ledger.observation_space, action_space=Ledger.action_space)
     argv = [*SHORT.split(), "--dataset", make_minari(made("Ledger"), recorded=None, **spaces)]
     refused(argv, "names no environment", "--eval-env")
@@ -2421,6 +2446,15 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_r
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(("Ledger-v7", ledger, f"{ledger}-v7", "made_here:Ledger")):
         assert erdp.main([*argv, "--eval-env", name, "--run-dir", str(tmp_path / f"run{k}")]) == 0
+    folder = tmp_path / "run0"
+    refused(["--eval-only", "--eval-env", ledger], "the run was made with --eval-env Ledger-v7", folder=folder)
+    row = erdp.Row("own", argv[-1], "Ledger-v7", 2, 0.0, 10.0)
+    monkeypatch.setitem(erdp.ROWS, "ledger", row)
+    folder = tmp_path / "row"
+    assert erdp.main([*SHORT.split(), "--env", "ledger", "--run-dir", str(folder)]) == 0
+    (*_, last), _ = checkpoint(folder)["rows"], capsys.readouterr()
+    assert erdp.main(["--eval-only", "--run-dir", str(folder)]) == 0
+    assert capsys.readouterr().out.endswith(f"{erdp.in_words(last)}\n") and last["length"] <= 2, "by the row's rule"
     gym.registry.pop("Ledger-v7")
 
 
@@ -2439,6 +2473,7 @@ def test_run_resumed_elsewhere_takes_the_data_that_its_checkpoint_names(refused,
         patch.setattr(erdp, "LOG_EVERY", 1)
         assert erdp.main([*go_on, "7"]) == 0
     assert checkpoint(folder)["step"] == 7
+    assert erdp.main([*go_on, "8", "--dataset", "made/moved-v0"]) == 0, "the same data by another name"
 
 
 def test_run_resumed_elsewhere_takes_the_same_hdf5_file_by_any_path(refused, tmp_path):
@@ -2539,6 +2574,7 @@ BAD_SETTINGS = {  # what is given, and words that the sentence must have
     "--env hoper-medium-v2": ["hoper-medium-v2", "hopper-medium-v2"],
     "--env antmaze-umaze": ["antmaze-umaze", "antmaze-umaze-v0"],
     "--env=": ["not a row"],
+    "--env pen --dataset D4RL/pen/human-v2": ["--env pen is not a row", "pen-human-v1"],
     "--env toy --dataset a.hdf5": ["a.hdf5", "toy-0 to toy-99"],
     "--dataset toy-100": ["toy-100", "toy-0 to toy-99"],
     "--env hopper-medium-v2 --dataset ~nobodyhere/a.hdf5": ["~nobodyhere"],
@@ -2887,6 +2923,20 @@ REFS = [(1, 1), ("x", 2), (math.nan, 1), (0, math.inf), (0,), ([], 1), (0, 10**4
 BAD_TASKS = [("toy", refs, "reference scores") for refs in REFS] + [
     ("adroit", (0, 1), "Toy-v0 is not of the domain adroit")
 ]
+
+
+def test_bad_arguments_of_an_environment_which_no_file_can_keep_are_refused():
+    with pytest.raises(UserError, match="Made-v0 cannot be kept in a policy file .*float32.*: register it with plain"):
+        erdp.make_task("own", None, "x", made("Shaped", low=np.float32(-1)), (0, 1))
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_bad_sizes_for_the_memory_are_refused(error, refused, monkeypatch):
+    def train(args):
+        raise error
+
+    monkeypatch.setattr(erdp, "train", train)
+    refused([], "needs more memory than there is")
 
 
 @pytest.mark.parametrize("domain, refs, words", BAD_TASKS, ids=str)
