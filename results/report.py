@@ -141,6 +141,7 @@ def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> st
             "by Student's t over seeds; bold: the interval leaves out 0.\n"
         )
         text += ["## Learning with Q against cloning\n", note, table(head, lines) + "\n"]
+        text += ["![The data sets on which cloning has two seeds or more](cloning.png)\n"] * ("cloning.png" in pictures)
     text += ["![Learning curves of the runs on other data](curves.png)\n"] * ("curves.png" in pictures)
     if unfinished:
         lines = [[run.name, f"{run.evaluations['step'][-1]:,.0f} of {run.config['num_steps']:,}"] for run in unfinished]
@@ -209,7 +210,13 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
             others.setdefault(title, {})[label(rest)] = group
     sizes = paper({name: SIZES[name] for name in ("M = 1", "M = 4", "M = 64")})
     found = {"figure3.png": sizes | paper(ALPHAS), "figure4.png": paper(METHODS), "figure5.png": sizes}
-    return {name: panels for name, panels in (found | {"curves.png": others}).items() if panels}
+    cloned = {title: lines for title, lines in others.items() if seeds_of(lines.get("behaviour cloning")) > 1}
+    found |= {"cloning.png": cloned, "curves.png": others}
+    return {name: panels for name, panels in found.items() if panels}
+
+
+def seeds_of(group: Group | None) -> int:
+    return len(group.runs) if group else 0
 
 
 # ==== 4. The command line =============================================================================================

@@ -69,6 +69,8 @@ def test_report_holds_arms_against_cloning_seed_by_seed(tmp_path):
     (line,) = section(written(tmp_path), "Learning with Q against cloning")
     assert line[0] == "hopper-medium-v2" and "--q-time 3" in line[2] and line[-1] == "3"
     assert line[4] == "**+5.0 [+2.5, +7.5]**", "5, 4 and 6 by seed: 5 ± 4.303 * 1 / sqrt(3)"
+    (panel,) = report.panels_of(runs.group_runs(runs.read_runs([tmp_path])))["cloning.png"].values()
+    assert {"behaviour cloning", "--q-time 3"} == panel.keys() and (tmp_path / "report" / "cloning.png").exists()
 
 
 def test_report_the_papers_averages_are_the_means_of_the_transcribed_rows():
