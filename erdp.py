@@ -1252,7 +1252,8 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
         cores = len(os.sched_getaffinity(0))  # those that this process may use
     else:
         cores = os.cpu_count()
-    makers = [make] * min(episodes, num_envs or 2 * cores)
+    number = min(episodes, num_envs or 2 * cores)
+    makers = [make] * number
     if task.domain == "toy":
         return gym.vector.SyncVectorEnv(makers)
     with quiet():  # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
@@ -1575,8 +1576,10 @@ class Run:
         """The time to the run's end, evaluations included: the last one's or, before it, a guess from one action."""
         args = self.args
         if self.evaluating is None:
-            began, envs = time.monotonic(), self.envs.num_envs
-            self.actor(np.zeros((envs, self.task.state_dim)))
+            envs = self.envs.num_envs
+            for _ in range(2):  # the first one is slow
+                began = time.monotonic()
+                self.actor(np.zeros((envs, self.task.state_dim)))
             steps = math.ceil(args.eval_episodes / envs) * self.task.spec.max_episode_steps
             self.evaluating = steps * (time.monotonic() - began)
         updating = (args.num_steps - self.step) / rate
@@ -1601,10 +1604,11 @@ class Run:
         row = dict(step=self.step) | summary(self.task, result)
         row.update(zip(METRICS, means.tolist()))
         row["seconds"] = round(now - self.began, 1)
-        is_best = all(row["score_mean"] > earlier["score_mean"] for earlier in self.rows)
+        score = row["score_mean"]
+        is_best = all(score > earlier["score_mean"] for earlier in self.rows)
         self.rows.append(row)
         self.totals.zero_()
-        self.log(dict(score=row["score_mean"]))
+        self.log(dict(score=score))
         write_whole(self.folder / "metrics.csv", self.write_table, "w")
         weights = {part: getattr(self.agent, part).state_dict() for part in ACTING}
         self.write("policy.pt", agent=weights)
@@ -1653,7 +1657,8 @@ class Run:
             steps=self.step,
         )
         self.write_json("result.json", scores)
-        say("final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores) + f"; see {self.folder}")
+        words = "final score {final:.1f}, best {best:.1f} at update {best_step}".format(**scores)
+        say(f"{words}; see {self.folder}")
 
 
 def train(args: Args) -> int:

@@ -2307,14 +2307,13 @@ def test_load_policy_has_the_trained_weights_and_the_runs_settings(finished):
 def test_readmes_own_environment_is_recorded_learned_and_acted_in_as_printed(tmp_path):
     """From ten recorded episodes of an own environment to a trained policy, by the README's blocks alone."""
     text = Path(erdp.__file__).with_name("README.md").read_text().partition("## Your own data and environment")[2]
-    (environment, commands, acting), folder = re.findall(r"```\w+\n(.*?)```", text, re.DOTALL)[:3], tmp_path / "copy"
+    (environment, commands), folder = re.findall(r"```\w+\n(.*?)```", text, re.DOTALL)[:2], tmp_path / "copy"
     folder.mkdir()
     shutil.copy(erdp.__file__, folder)
     (folder / "reach.py").write_text(environment)
-    (folder / "act.py").write_text(acting)
     bin_folder = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     there = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "PATH": bin_folder, "OMP_NUM_THREADS": "1"}
-    for command in (*commands.splitlines(), "python act.py"):
+    for command in commands.splitlines():
         done = subprocess.run(command, shell=True, cwd=folder, env=there, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     result = json.loads((folder / "runs" / "mine-reach-v0__paper__0" / "result.json").read_text())
