@@ -297,13 +297,13 @@ def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_bad_
 
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES))
 def test_sde_coefficients_are_computed_in_float64_and_rounded(T, schedule):
-    single, t, one = MeanRevertingSDE(T, schedule), torch.arange(1, T + 1), torch.ones(T, 1)
-    for name, function in AT_ONE_TIME.items():
-        if name not in ("log_prob", "score"):  # which are computed from Eq. 2's coefficients, in x's own precision
-            found = function(single, t, one, 0 * one, 0 * one)
-            exact = function(sde64(T, schedule), t, one.double(), 0 * one.double(), 0 * one.double())
-            assert found.dtype == torch.float32
-            agree(f"{name} in float32: one coefficient, rounded", found, exact.float(), rtol=2e-7, atol=0)
+    single, t = MeanRevertingSDE(T, schedule), torch.arange(1, T + 1)
+    coefficients = AT_ONE_TIME.keys() - {"log_prob", "score"}  # which are computed from Eq. 2's, in x's own precision
+    for name, alone in itertools.product(coefficients, torch.eye(3)):  # of x, y and z one is 1, the others are 0
+        exact = AT_ONE_TIME[name](sde64(T, schedule), t, *alone.double().expand(T, 1, 3).unbind(-1))
+        found = AT_ONE_TIME[name](single, t, *alone.expand(T, 1, 3).unbind(-1))
+        assert found.dtype == torch.float32
+        agree(f"{name} in float32: one coefficient, rounded", found, exact.float(), rtol=3e-7, atol=0)
     assert [c.shape for at in (1, t) for c in single.transition(0, at)] == [(), (), (T, 1), (T, 1)]
     decay, var = MeanRevertingSDE(T, schedule, torch.float16, "meta").transition(0, t)
     assert (decay.dtype, var.device.type) == (torch.float16, "meta"), "of the dtype and on the device asked for"
@@ -1101,8 +1101,10 @@ def test_eq16_equals_loops_over_members_transitions_and_candidates(M, B, C, disc
 def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient():
     critics, target, batch = tiny_critics(), tiny_critics(seed=1), random_batch()
     next_action = gaussian(2, 5, 2).requires_grad_()
-    eq16(critics, target, batch, next_action)[0].backward()
+    loss, q = eq16(critics, target, batch, next_action)
+    loss.backward()
     assert next_action.grad is None and all(p.grad is None for p in target.parameters()), "y is a constant of Eq. 16"
+    assert not q.requires_grad, "Q(s, a) is reported without its graph"
     assert all(p.grad is not None and p.grad.any() for p in critics.parameters()), "Eq. 16 trains all of Q"
 
 
@@ -3232,7 +3234,7 @@ def losses_and_gradients(agent, batch, noise) -> dict:
     args, state = agent.args, batch.next_state.expand(noise.next_action.shape[1], -1, -1)
     action = erdp.sample_actions(agent.policy_ema, agent.sde, state, noise.next_action, args.clip_denoised).detach()
     found = erdp.critic_loss(agent.critics, agent.critics_target, batch, state, action, args)
-    given = agent.sde, batch, noise, found["q"].detach(), args
+    given = agent.sde, batch, noise, found["q"], args
     found |= erdp.policy_loss(agent.policy, agent.critics, *given) | {"next actions": action}
     (found["critic_loss"] + found["policy_loss"]).backward()
     for name in ("policy", "critics"):
