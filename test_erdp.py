@@ -1415,8 +1415,11 @@ def test_presets_of_the_toy_and_of_unknown_data_and_with_a_gpu(monkeypatch):
     assert (toy.num_diffusion_steps, toy.entropy_coef, toy.lcb_coef, toy.pessimism) == (5, 0.01, 4.0, "lcb")
     assert erdp.domain_of("toy") == "toy" and erdp.domain_of("elsewhere") == "own"
     assert erdp.preset("elsewhere") == Args(env="elsewhere", device="cuda", compile=True, precision="tf32")
-    assert erdp.parse(["--device", "cpu"]) == erdp.preset("toy", device="cpu"), "without what is the GPU's"
-    assert not erdp.preset("toy", device="cpu").compile and erdp.preset("toy", device="cpu").precision == "float32"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device, precision in (("cpu", "float32"), ("cuda:1", "tf32"), ("cuda", "tf32")):
+        args = erdp.parse(["--device", device])
+        assert (args.device, args.compile, args.precision) == (device, device != "cpu", precision), "what is its own"
+    assert erdp.parse([]) == args, "a GPU that is there is used"
 
 
 @pytest.mark.parametrize("device, number", [("cuda", 0), ("cuda:1", 1)])
@@ -2139,6 +2142,27 @@ def test_runs_save_at_the_latest_after_ten_minutes_and_from_the_beginning(finish
     assert (saved["step"], [row["step"] for row in saved["rows"]]) == (10, [4, 8]), "update 10 is no evaluation's"
     assert run(tmp_path / "run", "--resume") == 0
     assert_same("saved between two evaluations", outcome(tmp_path / "run"), outcome(finished))
+
+
+def test_runs_write_a_file_to_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_size, (tmp_path / "a").exists())))
+    erdp.write_whole(tmp_path / "a", lambda file: file.write(b"abc"))
+    assert synced == [(3, False)] and (tmp_path / "a").read_bytes() == b"abc"
+
+
+def test_runs_of_a_gpu_go_on_as_they_were_and_on_a_cpu_where_there_is_none_or_they_are_told_to(copied, monkeypatch):
+    whole = checkpoint(unfinished(copied))
+    args = whole["args"] | dict(device="cuda:1", compile=True, precision="tf32")
+    theirs = torch.zeros(16, dtype=torch.uint8)  # as much as a GPU's generator has
+    torch.save(whole | dict(args=args, generator=theirs), copied / "checkpoint.pt")
+    go_on, on_cpu = ["--resume", "--run-dir", str(copied)], ("cpu", False, "float32")
+    for count, device, expected in ((2, [], ("cuda:1", True, "tf32")), (2, ["--device=cpu"], on_cpu), (0, [], on_cpu)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        args = erdp.parse([*go_on, *device])
+        assert (args.device, args.compile, args.precision) == expected
+    assert run(copied, "--resume", "--num-steps", "14") == 0, "with a generator of the CPU's"
 
 
 def test_runs_killed_in_an_evaluation_have_all_updates_before_it(finished, tmp_path, monkeypatch):
