@@ -2354,8 +2354,9 @@ def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_w
         assert capsys.readouterr().out.endswith(f"{erdp.in_words(row)}\n"), "the run's own evaluation, again"
     assert erdp.main(["--eval-only", "--run-dir", str(finished)]) == 0
     assert capsys.readouterr().out.endswith(f"{erdp.in_words(rows[-1])}\n")
-    assert erdp.main(["--eval-only", "--run-dir", str(finished), "--eval-candidates", "7"]) == 0
-    assert not capsys.readouterr().out.endswith(f"{erdp.in_words(rows[-1])}\n")
+    for other in ("--eval-candidates", "--seed"):
+        assert erdp.main(["--eval-only", "--run-dir", str(finished), other, "7"]) == 0
+        assert not capsys.readouterr().out.endswith(f"{erdp.in_words(rows[-1])}\n")
     assert files(finished) == before
 
 
@@ -2480,6 +2481,10 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_r
     (*_, last), _ = checkpoint(folder)["rows"], capsys.readouterr()
     assert erdp.main(["--eval-only", "--run-dir", str(folder)]) == 0
     assert capsys.readouterr().out.endswith(f"{erdp.in_words(last)}\n") and last["length"] <= 2, "by the row's rule"
+    named = make_minari(made("Ledger"), name="made/named-v0")
+    for source, its_own in ((["--env=ledger"], "Ledger-v7"), ([f"--dataset={named}"], "Made-v0")):
+        for more, expected in (([], its_own), ([f"--eval-env={ledger}"], "Ledger-v0")):
+            assert erdp.open_task(erdp.parse([*source, *more, "--device=cpu"])).spec.id == expected
     gym.registry.pop("Ledger-v7")
 
 
@@ -3011,6 +3016,14 @@ def test_bad_types_of_saved_settings_are_refused_where_they_are_loaded(finished,
             torch.save(changed_at(whole, ("args", name), value), tmp_path / "policy.pt")
             with pytest.raises(UserError, match=f"its {name} is "):
                 erdp.load_file(tmp_path / "policy.pt")
+
+
+@pytest.mark.parametrize("optimizer", ["policy_optimizer", "critic_optimizer"])
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_bad_moments_of_an_optimiser_are_refused(optimizer, moment, refused, copied):
+    whole = checkpoint(unfinished(copied))
+    torch.save(changed_at(whole, ("agent", optimizer, "state", 1, moment), torch.zeros(3)), copied / "checkpoint.pt")
+    refused(["--resume"], "moments do not fit", folder=copied)
 
 
 @pytest.mark.parametrize("name, argv", [("checkpoint.pt", "--resume"), ("policy.pt", "--eval-only")])
