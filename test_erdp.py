@@ -133,9 +133,7 @@ def assert_uniform(claim: str, counts, K, sees, comparisons=1):
 def own(formulas: dict, name: str):
     """This file's own formula for an option that erdp.py offers."""
     there = ", ".join(map(repr, formulas))
-    assert name in formulas, (
-        f"erdp.py offers {name!r}, and the formulas here are of {there}: add one of its own to them"
-    )
+    assert name in formulas, f"erdp.py offers {name!r}, the formulas here are of {there}: add one of its own to them"
     return formulas[name]
 
 
@@ -864,13 +862,8 @@ def literal_policy_loss(args, members, batch, noise, q_data, eps_hat, frozen=Non
     return dict(policy_loss=loss, diffusion_loss=l_diff, lcb=value, entropy=-log_p.mean()), frozen
 
 
-CHOICES = dict(
-    variant=st.sampled_from(VARIANTS),
-    loss=st.sampled_from([*erdp.LOSSES]),
-    pessimism=st.sampled_from([*erdp.PESSIMISM]),
-)
-
-
+CHOICES = dict(variant=st.sampled_from(VARIANTS), loss=st.sampled_from([*erdp.LOSSES]))
+CHOICES |= dict(pessimism=st.sampled_from([*erdp.PESSIMISM]))
 SIZES = dict(num_diffusion_steps=st.integers(3, 30), M=st.integers(1, 3), B=st.integers(1, 3))
 SIZES |= dict(schedule=st.sampled_from(SCHEDULES), q_time=st.integers(1, 30) | st.none(), seed=st.integers(0, 999))
 WEIGHTINGS = dict(entropy_coef=st.floats(0, 2), eta=st.floats(0, 3), lcb_coef=st.floats(0, 5))
@@ -1054,10 +1047,7 @@ def literal_targets(members, batch, next_action, discount, pessimism):
     """y_m of Eq. 16, (M, B), in loops over members, transitions and candidates."""
     rows = []
     for member in members:
-        q = [
-            [literal_q(member, batch.next_state[b], candidate[b]) for candidate in next_action]
-            for b in range(len(batch.state))
-        ]
+        q = [[literal_q(member, s, candidate[b]) for candidate in next_action] for b, s in enumerate(batch.next_state)]
         rows.append([max(of_candidates) for of_candidates in q])
     if pessimism == "min":
         rows = [[min(column) for column in zip(*rows)]] * len(members)
@@ -1291,19 +1281,15 @@ def test_algorithm1_twenty_updates_equal_literal_ones(name):
 def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
     agent = Agent(11, 3, erdp.preset("pen-human-v1"))
     assert agent.policy.layers[0].weight.shape == (256, 30) and agent.policy.layers[3].weight.shape == (3, 256)
-    assert len(members_of(agent.critics)) == 64 and agent.critics(torch.zeros(2, 11), torch.zeros(2, 3)).shape == (
-        64,
-        2,
-    )
+    assert len(members_of(agent.critics)) == 64
+    assert agent.critics(torch.zeros(2, 11), torch.zeros(2, 3)).shape == (64, 2)
     assert agent.updates == 0 and agent.sde.dtype == torch.float32
-    for module, target in ((agent.policy, agent.policy_ema), (agent.critics, agent.critics_target)):
+    policies, critics = (agent.policy, agent.policy_ema), (agent.critics, agent.critics_target)
+    optimizers = (agent.policy_optimizer, 3e-5), (agent.critic_optimizer, 3e-4)
+    for (module, target), (optimizer, lr) in zip((policies, critics), optimizers):
         for p, copied in zip(module.parameters(), target.parameters()):
             assert torch.equal(p, copied), "targets begin as copies"
             assert p.requires_grad and not copied.requires_grad and p.data_ptr() != copied.data_ptr()
-    for optimizer, module, lr in (
-        (agent.policy_optimizer, agent.policy, 3e-5),
-        (agent.critic_optimizer, agent.critics, 3e-4),
-    ):
         (group,) = optimizer.param_groups
         assert type(optimizer) is torch.optim.Adam and group["lr"] == lr, "Table 4's rate is the policy's"
         assert (group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, 0, False)
@@ -1314,10 +1300,8 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
         agent = Agent(2, 1, args)
         agree("the agent's SDE", agent.sde.theta_bar, literal_theta(args.schedule, args.num_diffusion_steps)[1])
         assert agent.policy.layers[0].out_features == agent.critics.weights[0].shape[2] == args.hidden
-        assert [o.param_groups[0]["lr"] for o in (agent.policy_optimizer, agent.critic_optimizer)] == [
-            3e-4,
-            args.critic_lr,
-        ]
+        rates = (optimizer.param_groups[0]["lr"] for optimizer in (agent.policy_optimizer, agent.critic_optimizer))
+        assert [*rates] == [3e-4, args.critic_lr]
         assert agent.critics.bf16 == agent.critics_target.bf16 == (args.precision == "bf16")
 
 
@@ -2435,14 +2419,8 @@ class Shaped(Ledger):
 
 @pytest.mark.parametrize("shape", [(2, 2), (), (1, 3)], ids=str)
 def test_run_with_actions_of_any_shape(shape, minari_root, tmp_path):
-    argv = [
-        *SHORT.split(),
-        "--dataset",
-        make_minari(made("Shaped", shape=shape)),
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
-    assert erdp.main(argv) == 0
+    dataset = make_minari(made("Shaped", shape=shape))
+    assert erdp.main([*SHORT.split(), "--dataset", dataset, "--run-dir", str(tmp_path / "run")]) == 0
     assert config_of(tmp_path / "run")["action_dim"] == math.prod(shape)
     actor = erdp.load_policy(tmp_path / "run" / "policy.pt")
     assert actor(np.zeros((5, 4))).shape == (5, *shape) and actor(np.zeros(4)).shape == shape
