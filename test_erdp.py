@@ -2963,13 +2963,15 @@ def test_mangled_checkpoints_and_policies_are_read_or_refused_in_one_line(name, 
     whole, before, refusals = torch.load(path, weights_only=True), files(copied), 0
     places = [(), *((key,) for key in whole), *(("agent", key) for key in whole["agent"]), ("args", "num_critics")]
     if argv == "--resume":
-        places += [("agent", "policy_optimizer", "state", 0, "exp_avg"), ("agent", "critic_optimizer", "state")]
+        optimizers, moments = ("policy_optimizer", "critic_optimizer"), ("exp_avg", "exp_avg_sq")
+        places += [("agent", "critic_optimizer", "state")]
+        places += itertools.product(["agent"], optimizers, ["state"], [1], moments)
     for place in [*places, ("about", "state_dim")]:
         mangled = changed_at(whole, place, BAD_VALUES[kind])
         torch.save(mangled, path)
         capsys.readouterr()
         status, said = run(copied, argv), capsys.readouterr().err
-        assert status in (0, 2), f"{place}: status {status}"
+        assert status == 2 or (status == 0 and "state" not in place), f"{place}: status {status}"
         assert status == 0 or re.fullmatch("erdp: [^\n]+\n", said), f"{place}: not one sentence: {said!r}"
         refusals += status == 2
         for file, content in before.items():
@@ -2994,14 +2996,6 @@ def test_bad_types_of_saved_settings_are_refused_where_they_are_loaded(finished,
             torch.save(changed_at(whole, ("args", name), value), tmp_path / "policy.pt")
             with pytest.raises(UserError, match=f"its {name} is "):
                 erdp.load_file(tmp_path / "policy.pt")
-
-
-@pytest.mark.parametrize("optimizer", ["policy_optimizer", "critic_optimizer"])
-@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
-def test_bad_moments_of_an_optimiser_are_refused(optimizer, moment, refused, copied):
-    whole = checkpoint(unfinished(copied))
-    torch.save(changed_at(whole, ("agent", optimizer, "state", 1, moment), torch.zeros(3)), copied / "checkpoint.pt")
-    refused(["--resume"], "moments do not fit", folder=copied)
 
 
 @pytest.mark.parametrize("name, argv", [("checkpoint.pt", "--resume"), ("policy.pt", "--eval-only")])
