@@ -54,6 +54,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import erdp
@@ -211,10 +212,6 @@ def mixture_score(x, bar, weights=WEIGHTS, means=MEANS, widths=WIDTHS):
     return (part * (mean - x) / var).sum(-1) / part.sum(-1)
 
 
-def mixture_cdf(x, weights=WEIGHTS, means=MEANS, widths=WIDTHS):
-    return (weights * norm.cdf((x[..., None] - means) / widths)).sum(-1)
-
-
 def analytic_predictor(bar, weights=WEIGHTS, means=MEANS, widths=WIDTHS):
     """E(eps | x_t) = -std * score, for data from the mixture (Eq. 30), as a network of the sampler."""
 
@@ -338,12 +335,6 @@ def test_eq4_and_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_devi
 
 
 # ==== Eq. 5 and the other diffusion losses ============================================================================
-def loss_of(case, eps_hat, loss):
-    """The loss of a prediction for x_0 = case.x and eps = case.y."""
-    x_t = case.sde.diffuse(case.x, case.t, case.y)
-    return erdp.LOSSES[loss](case.sde, case.x, x_t, case.t, case.y, eps_hat)
-
-
 def test_eq5_has_no_expected_gradient_at_the_posterior_mean_of_the_noise():
     """For x_0 ~ N(0.5, 0.4^2) that is a line in x_t. Sees a slope that is 4% off."""
     sde, (_, bar), (mu, width) = sde64(), literal_theta("cosine", 5), (0.5, 0.4)
@@ -392,10 +383,12 @@ LITERAL_LOSSES = dict(
 
 @given(cases())
 def test_posterior_loss_has_the_true_noise_as_its_minimiser(case):
-    agree("at the true noise", loss_of(case, case.y, "posterior"), 0.0, atol=1e-18)
+    x_t = case.sde.diffuse(case.x, case.t, case.y)
+    found, least = (erdp.LOSSES["posterior"](case.sde, case.x, x_t, case.t, case.y, eps) for eps in (case.z, case.y))
+    agree("at the true noise", least, 0.0, atol=1e-18)
     weight = 2 * np.sinh(case.prime) / np.sqrt(1 - np.exp(-2 * case.bar))  # Eq. 8's factor in the posterior mean
     expected = np.mean((weight * (case.z - case.y).numpy()) ** 2)
-    agree("elsewhere, the weighted error of the noise", loss_of(case, case.z, "posterior"), expected)
+    agree("elsewhere, the weighted error of the noise", found, expected)
 
 
 # ==== Eq. 6-8 and Appendix A.3: the posterior, x0-hat, and the optimal reverse path ===================================
@@ -501,8 +494,6 @@ def test_eq10_sampler_follows_eq8_eq7_and_eq6_step_by_step(T, schedule, clip_den
     expected = literal_sample(rough_network, schedule, T, *arguments)
     action = erdp.sample_actions(rough_network, sde64(T, schedule), *arguments)
     agree("Eq. 10", action, expected, rtol=1e-9)
-
-
 def gaussian_recursion(schedule, T, mean, width):
     """Moments of a^1 and a^0 of the sampler with the analytic predictor of N(mean, width^2), by recursion."""
     prime, bar = literal_theta(schedule, T)
@@ -518,17 +509,19 @@ def gaussian_recursion(schedule, T, mean, width):
     return at_1, (m, v)
 
 
+
+
 def test_eq10_samples_approach_a_mixture_as_the_steps_grow():
     """Each distance is known to half of `tolerance`, by the Dvoretzky-Kiefer-Wolfowitz bound on samples in [-2, 2]."""
     n, x, steps = 400_000, np.linspace(-2, 2, 4001), (5, 10, 30)
     tolerance = 2 * 4 * math.sqrt(math.log(2 * len(steps) / RATE) / (2 * n))
-    distances = []
+    expected, distances = (WEIGHTS * norm.cdf((x[:, None] - MEANS) / WIDTHS)).sum(-1), []
     for T in steps:
         network, noise = analytic_predictor(literal_theta("cosine", T)[1]), gaussian(T, n, 1, seed=T)
         action = erdp.sample_actions(network, sde64(T), None, noise, False, False).numpy().ravel()
         assert np.abs(action).max() <= 2
         cdf = np.searchsorted(np.sort(action), x) / n
-        distances.append(np.abs(cdf - mixture_cdf(x)).sum() * (x[1] - x[0]))
+        distances.append(np.abs(cdf - expected).sum() * (x[1] - x[0]))
     assert np.all(-np.diff(distances) > tolerance), f"Wasserstein distances {distances} at T = {steps}"
 
 
@@ -957,12 +950,6 @@ def test_debruijn_sum_ends_where_x_t_is_gaussian_to_within_a_hundredth_nat(T, sc
     assert left_out.sum() <= 0.03, "as E||E(eps | x_t)||^2 lies between var_t and 1 a dimension"
 
 
-def mixture_density(x, bar) -> float:
-    """Of the mixture after Eq. 4 with theta_bar = bar."""
-    spread = np.sqrt(math.exp(-2 * bar) * WIDTHS**2 - math.expm1(-2 * bar))
-    return (WEIGHTS * norm.pdf(x, math.exp(-bar) * MEANS, spread)).sum()
-
-
 def of_mixture(T, weights=WEIGHTS, means=MEANS, widths=WIDTHS, schedule="cosine", data=None) -> float:
     """H-hat on the grid with the exact noise of a mixture, by Gauss-Hermite quadrature over x_t of `data`, else it."""
     weights, means, widths = (np.asarray(part, float) for part in (weights, means, widths))
@@ -984,8 +971,9 @@ def test_debruijn_estimate_of_a_mixture_approaches_its_entropy_at_first_order(sc
     """Up to what x_t at the last time used lacks of a Gaussian's entropy. The entropies are by quadrature."""
 
     def entropy(bar):
+        means, spread = math.exp(-bar) * MEANS, np.sqrt(math.exp(-2 * bar) * WIDTHS**2 - math.expm1(-2 * bar))
         quad = functools.partial(scipy.integrate.quad, points=[-1, 0, 1], limit=400, epsabs=1e-10)
-        return quad(lambda x: scipy.special.entr(mixture_density(x, bar)), -8, 8)[0]
+        return quad(lambda x: scipy.special.entr((WEIGHTS * norm.pdf(x, means, spread)).sum()), -8, 8)[0]
 
     errors = []
     for T in (100, 200, 400):
@@ -1535,20 +1523,11 @@ def test_data_nested_observations_are_flattened_in_gymnasiums_order(space, n):
 
 
 def fixed_actor(sample, low, high, critics=None, **choices) -> erdp.Actor:
-    """An actor whose sampler gives the rows of `sample` (C, A) in every state: use it with `fixed_samples`."""
+    """An actor whose sampler gives the rows of `sample` (C, A) in every state, where that is `sample_actions`."""
     sample = torch.as_tensor(np.asarray(sample, np.float32))
     args = Args(eval_candidates=len(sample), **choices)
     agent = SimpleNamespace(policy=sample, critics_target=critics, sde=MeanRevertingSDE(), args=args)
     return erdp.Actor(agent, [2], low, high)
-
-
-@pytest.fixture
-def fixed_samples(monkeypatch):
-    def sample_actions(sample, sde, state, noise, clip_denoised):
-        assert noise.shape == (5, len(state), *sample.shape), "the sampler gets T noises a candidate"
-        return sample.expand(len(state), -1, -1)
-
-    monkeypatch.setattr(erdp, "sample_actions", sample_actions)
 
 
 BOUNDS = st.tuples(st.floats(-5, 5), st.floats(0.5, 80)).map(lambda b: (b[0], b[0] + b[1]))
@@ -1844,12 +1823,17 @@ CHOOSE = {
 
 
 @pytest.mark.parametrize("name", CHOOSE)
-def test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value(name, fixed_samples):
+def test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value(name, monkeypatch):
     """Sees a temperature of 0.7, the value of the other state, and the mean of the members in place of their value."""
 
     def critics(state, action):  # (N, C, 2), (N, C, 2) -> (M, N, C)
         return torch.tensor(Q)[state[..., 0].long(), :, ((action[..., 0] + 1) * 2).round().long()].movedim(-1, 0)
 
+    def sample_actions(sample, sde, state, noise, clip_denoised):
+        assert noise.shape == (5, len(state), *sample.shape), "the sampler gets T noises a candidate"
+        return sample.expand(len(state), -1, -1)
+
+    monkeypatch.setattr(erdp, "sample_actions", sample_actions)
     choices, value = CHOOSE[name]
     low, high, N = np.array([-1.0, 0.0]), np.array([3.0, 0.5]), 24_000
     grid = np.linspace(-1, 1, 5)
@@ -1912,10 +1896,6 @@ RUN += " --ema-start 3"
 LOSSES = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
 
 
-class PowerCut(Exception):
-    """Ends a run where it stands."""
-
-
 def run(folder, *more) -> int:
     """A short run of the toy, without its picture, whose losses are read within it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -1939,11 +1919,8 @@ def cut(folder, step, how, *more) -> int:
 
 
 def power_cut(folder, step, *more):
-    def fail():
-        raise PowerCut
-
-    with pytest.raises(PowerCut):
-        cut(folder, step, fail, *more)
+    with pytest.raises(pytest.fail.Exception, match="power cut"):
+        cut(folder, step, lambda: pytest.fail("power cut"), *more)
 
 
 def ctrl_c():
@@ -3052,12 +3029,6 @@ def test_real_processes_say_one_sentence_of_bad_input_and_survive_closed_streams
         assert list(tmp_path.iterdir()) == []
 
 
-def children(pid) -> list:
-    with contextlib.suppress(OSError):
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
 def waited_for(condition, child=None):
     """Waits until the condition holds, which it returns, and no longer than the child runs."""
     deadline = time.monotonic() + 60
@@ -3079,7 +3050,8 @@ def test_real_processes_end_with_their_workers_and_go_on(number, status, minari_
     options["env"] = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
     with subprocess.Popen(command, **options) as child, contextlib.ExitStack() as end:
         end.callback(child.kill)  # if anything fails
-        workers = waited_for(lambda: len(found := children(child.pid)) >= 3 and found, child)
+        children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        workers = waited_for(lambda: len(found := children.read_text().split()) >= 3 and found, child)
         waited_for(lambda: list(ours.glob("events*")), child)
         time.sleep(1)
         child.send_signal(number)
@@ -3160,20 +3132,10 @@ def prepared(**choices):
 
 def addresses(agent, noise, data, latest) -> dict:
     """data_ptr of every tensor that a replay reads or writes, by name."""
-    found = {f"noise {k}": x.data_ptr() for k, x in enumerate(noise)}
-    found |= {f"data {k}": x.data_ptr() for k, x in enumerate(data)}
-    found |= {"latest": latest.data_ptr(), "updates": agent.updates.data_ptr()}
-    for part in ("policy", "critics", "policy_ema", "critics_target"):
-        module = getattr(agent, part)
-        named = itertools.chain(module.named_parameters(), module.named_buffers())
-        found |= {f"{part} {name}": tensor.data_ptr() for name, tensor in named}
-    for part in ("policy_optimizer", "critic_optimizer"):
-        for k, state in enumerate(getattr(agent, part).state.values()):
-            found |= {f"{part} {k} {name}": tensor.data_ptr() for name, tensor in state.items()}
-    for name, value in vars(agent.sde).items():
-        if isinstance(value, torch.Tensor):
-            found[f"sde {name}"] = value.data_ptr()
-    return found
+    tensors = dict(noise=noise, data=data, latest=latest, agent=agent.state_dict(), sde=vars(agent.sde))
+    tensors |= {part: dict(getattr(agent, part).named_buffers()) for part in ("policy", "policy_ema")}
+    leaves, _ = pytree.tree_flatten_with_path(tensors)
+    return {pytree.keystr(path): x.data_ptr() for path, x in leaves if isinstance(x, torch.Tensor)}
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
