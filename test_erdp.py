@@ -1195,30 +1195,33 @@ class Algorithm1:
                 agree(f"{claim}: {name} of Q", critics[k][name], theirs, **tight)
 
 
-def agent64(seed=0, **choices) -> Agent:
-    """A toy-sized agent in float64 whose targets and EMA differ from the networks that they follow."""
-    torch.manual_seed(seed)
+def tiny_agent(device="cpu", dtype=torch.float64, **choices) -> Agent:
+    """A toy-sized agent whose targets and EMA differ from the networks that they follow, the same on any device."""
+    torch.manual_seed(0)
     sizes = dict(num_diffusion_steps=4, num_critics=3, batch_size=4, hidden=32)
     args = Args(**sizes | dict(lr=1e-3, critic_lr=2e-3) | choices)
-    agent = Agent(3, 2, args)
-    agent.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, dtype=torch.float64)
+    agent = Agent(3, 2, args, device)
+    agent.sde = MeanRevertingSDE(args.num_diffusion_steps, args.schedule, dtype, device)
     with torch.no_grad():
         for module in (agent.policy, agent.critics, agent.policy_ema, agent.critics_target):
-            module.double()
+            module.to(dtype)
         for p in agent.critics.parameters():
-            p.add_(0.1 * torch.randn_like(p))  # at first Q is all but 0
+            p.add_(0.1 * torch.randn(p.shape).to(p))  # at first Q is all but 0
         for module, source in ((agent.policy_ema, agent.policy), (agent.critics_target, agent.critics)):
             for p, followed in zip(module.parameters(), source.parameters()):
-                p.copy_(followed + 0.02 * torch.randn_like(p))
+                p.copy_(followed + 0.02 * torch.randn(p.shape).to(p))
     return agent
 
 
 def random_noise(args: Args, generator) -> Noise:
     """What `sample_noise` fills, in float64."""
-    noise = erdp.noise_buffers(args, 2, "cpu")
-    noise = Noise(*(part.double() if part.is_floating_point() else part for part in noise))
+    noise = moved(erdp.noise_buffers(args, 2, "cpu"), "cpu")
     erdp.sample_noise(noise, 100, generator)
     return noise
+
+
+def moved(values, device, dtype=torch.float64):
+    return type(values)(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in values))
 
 
 ALGORITHM1 = {
@@ -1235,7 +1238,7 @@ ALGORITHM1 = {
 
 
 def check_algorithm1(choices, updates, start):
-    agent, generator = agent64(**choices), torch.Generator().manual_seed(1)
+    agent, generator = tiny_agent(**choices), torch.Generator().manual_seed(1)
     agent.updates.fill_(start)
     literal = Algorithm1(agent)
     for k in range(updates):
@@ -2126,34 +2129,27 @@ def test_runs_of_a_gpu_go_on_as_they_were_and_on_a_cpu_where_there_is_none_or_th
     assert run(copied, "--resume", "--num-steps", "14") == 0, "with a generator of the CPU's"
 
 
-def test_runs_killed_in_an_evaluation_have_all_updates_before_it(finished, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(erdp, "evaluate", lambda *given: pytest.fail("killed", pytrace=False))
-        with pytest.raises(pytest.fail.Exception, match="killed"):
-            run(tmp_path / "run")
-    saved = checkpoint(tmp_path / "run")
-    assert (saved["step"], saved["rows"]) == (4, [])
-    assert run(tmp_path / "run", "--resume") == 0
-    assert_same("killed in an evaluation", outcome(tmp_path / "run"), outcome(finished))
-
-
-def test_runs_stopped_in_an_evaluation_record_nothing_of_it(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "Ctrl-C"])
+def test_runs_cut_off_in_an_evaluation_have_all_updates_before_it_and_nothing_of_it(
+    killed, finished, tmp_path, monkeypatch
+):
     act, calls = erdp.Actor.__call__, []
 
-    def interrupted(*given):
+    def disturbed(*given):
         calls.append(1)
         if len(calls) == 3:  # the first step of the second evaluation
-            ctrl_c()
+            pytest.fail("killed") if killed else ctrl_c()
         return act(*given)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(erdp.Actor, "__call__", interrupted)
+    ends = pytest.raises(pytest.fail.Exception, match="killed") if killed else contextlib.nullcontext()
+    with monkeypatch.context() as patch, ends:
+        patch.setattr(erdp.Actor, "__call__", disturbed)
         patch.setattr(erdp.Run, "to_go", lambda *_: "")  # which acts, too
         assert run(tmp_path / "run") == 130
     saved = checkpoint(tmp_path / "run")
     assert (saved["step"], [row["step"] for row in saved["rows"]]) == (8, [4])
     assert run(tmp_path / "run", "--resume") == 0
-    assert_same("stopped in an evaluation", outcome(tmp_path / "run"), outcome(finished))
+    assert_same("cut off in an evaluation", outcome(tmp_path / "run"), outcome(finished))
 
 
 @pytest.mark.parametrize("number", erdp.STOPS, ids=lambda number: number.name)
@@ -2750,19 +2746,15 @@ BAD_ENVS = {  # environment of the data set and, if it is another one, of its ev
     "evaluation: discrete observations": (made("Ledger"), made("Odd", discrete="observation_space"), ["Discrete(3)"]),
     "evaluation: other bounds": (made("Ledger"), made("Shaped", shape=(2,), high=(3, 1)), ["made/data-v0", "differ"]),
     "evaluation: other shape": (made("Shaped", shape=(4,)), made("Shaped", shape=(2, 2)), ["made/data-v0", "differ"]),
-}
+} | {row: (made("Ledger"), None, []) for row in ("hopper-medium-v2", "kitchen-complete-v0", "antmaze-umaze-v0")}
 
 
 @pytest.mark.parametrize("name", BAD_ENVS)
 def test_bad_environments_are_refused(name, refused, minari_root):
     env, eval_env, words = BAD_ENVS[name]
     actions = [np.zeros(gym.make(env).action_space.shape, np.float32)] * 4 if "without width" in name else None
-    refused([*SHORT.split(), "--dataset", make_minari(env, eval_env=eval_env, actions=actions)], *words)
-
-
-@pytest.mark.parametrize("env", ["hopper-medium-v2", "kitchen-complete-v0", "antmaze-umaze-v0"])
-def test_bad_data_set_of_another_row_is_refused(env, refused, minari_root):
-    refused([*SHORT.split(), "--env", env, "--dataset", make_minari(made("Ledger"))])
+    dataset, row = make_minari(env, eval_env=eval_env, actions=actions), ["--env", name] if name in erdp.ROWS else []
+    refused([*SHORT.split(), "--dataset", dataset, *row], *words)
 
 
 def test_bad_minari_download_fails_with_a_way_out_and_leaves_nothing(refused, minari_root, monkeypatch):
@@ -2905,14 +2897,16 @@ def test_bad_resume_past_the_end_or_on_other_data_is_refused(refused, copied, mo
 
 
 REFS = [(1, 1), ("x", 2), (math.nan, 1), (0, math.inf), (0,), ([], 1), (0, 10**400)]
-BAD_TASKS = [("toy", refs, "reference scores") for refs in REFS] + [
-    ("adroit", (0, 1), "Toy-v0 is not of the domain adroit")
-]
+BAD_TASKS = [("toy", erdp.TOY, refs, "reference scores") for refs in REFS]  # what make_task is given, and what it says
+BAD_TASKS += [("adroit", erdp.TOY, (0, 1), "Toy-v0 is not of the domain adroit")]
+NO_FILE = "Made-v0 cannot be kept in a policy file .*float32.*: register it with plain"
+BAD_TASKS += [("own", made("Shaped", low=np.float32(-1)), (0, 1), NO_FILE)]
 
 
-def test_bad_arguments_of_an_environment_which_no_file_can_keep_are_refused():
-    with pytest.raises(UserError, match="Made-v0 cannot be kept in a policy file .*float32.*: register it with plain"):
-        erdp.make_task("own", None, "x", made("Shaped", low=np.float32(-1)), (0, 1))
+@pytest.mark.parametrize("domain, spec, refs, words", BAD_TASKS)
+def test_bad_reference_scores_domains_and_arguments_that_no_file_can_keep_are_refused(domain, spec, refs, words):
+    with pytest.raises(UserError, match=words):
+        erdp.make_task(domain, None, "x", spec, refs)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
@@ -2922,12 +2916,6 @@ def test_bad_sizes_for_the_memory_are_refused(error, refused, monkeypatch):
 
     monkeypatch.setattr(erdp, "train", train)
     refused([], "needs more memory than there is")
-
-
-@pytest.mark.parametrize("domain, refs, words", BAD_TASKS, ids=str)
-def test_bad_reference_scores_and_domains_are_refused(domain, refs, words):
-    with pytest.raises(UserError, match=words):
-        erdp.make_task(domain, None, "x", erdp.TOY, refs)
 
 
 BAD_VALUES = dict(missing=None, text="x", tensor=torch.zeros(3), dict={}, numbers=[1, 2])
@@ -3116,12 +3104,10 @@ def test_update_checks_see_what_waits_or_draws(code):
 
 def prepared(**choices):
     """(a function that makes one update in place, agent, noise, data, latest metrics), as `erdp.train` sets them up."""
-    torch.manual_seed(0)
-    args = dataclasses.replace(Args(batch_size=8, num_critics=3), **choices)
-    agent = Agent(3, 2, args)
-    data = Batch(torch.randn(50, 3), torch.rand(50, 2) * 2 - 1, torch.randn(50), torch.randn(50, 3), torch.zeros(50))
-    noise, latest = erdp.noise_buffers(args, 2, "cpu"), torch.zeros(len(erdp.METRICS))
-    erdp.sample_noise(noise, 50, torch.Generator().manual_seed(0))
+    agent = tiny_agent(dtype=torch.float32, **choices)
+    noise = random_noise(agent.args, torch.Generator().manual_seed(0))
+    data, noise = (moved(values, "cpu", torch.float32) for values in (random_batch(100), noise))
+    latest = torch.zeros(len(erdp.METRICS))
 
     def learn():
         measured = erdp.update(agent, Batch(*(column[noise.rows] for column in data)), noise)
@@ -3146,7 +3132,7 @@ def test_update_neither_waits_nor_draws_and_works_in_place_at_static_addresses(n
     before, values = addresses(*tensors), [p.detach().clone() for p in agent.critics.parameters()]
     drawn = torch.get_rng_state()
     for seed in range(3):
-        erdp.sample_noise(noise, 50, torch.Generator().manual_seed(seed))
+        erdp.sample_noise(noise, 100, torch.Generator().manual_seed(seed))
         with NoWaitNorDraw(), NoHostCopies():
             learn()
     assert addresses(*tensors) == before and torch.equal(torch.get_rng_state(), drawn)
@@ -3185,43 +3171,23 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-def moved(values, device, dtype=torch.float64):
-    return type(values)(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in values))
-
-
-def agent_on(device, dtype=torch.float64, **choices) -> Agent:
-    """The same agent as `agent64`, on a device."""
-    source = agent64(**choices)
-    agent = Agent(3, 2, source.args, device)  # its own `compile`
-    for name in ("policy", "critics", "policy_ema", "critics_target"):
-        getattr(agent, name).to(dtype)
-    agent.sde = erdp.MeanRevertingSDE(source.args.num_diffusion_steps, source.args.schedule, dtype, device)
-    agent.load_state_dict(source.state_dict())
-    return agent
-
-
-def losses_and_gradients(agent, batch, noise) -> dict:
-    """Every value of an update, and every gradient."""
-    args, state = agent.args, batch.next_state.expand(noise.next_action.shape[1], -1, -1)
-    action = erdp.sample_actions(agent.policy_ema, agent.sde, state, noise.next_action, args.clip_denoised).detach()
-    found = erdp.critic_loss(agent.critics, agent.critics_target, batch, state, action, args)
-    given = agent.sde, batch, noise, found["q"], args
-    found |= erdp.policy_loss(agent.policy, agent.critics, *given) | {"next actions": action}
-    (found["critic_loss"] + found["policy_loss"]).backward()
-    for name in ("policy", "critics"):
-        found |= {f"gradient of {key} of {name}": p.grad for key, p in getattr(agent, name).named_parameters()}
-    return {key: value.detach().cpu() for key, value in found.items()}
-
-
 @needs_cuda
 @pytest.mark.parametrize("name", ALGORITHM1)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_cuda_losses_and_gradients_agree_with_the_cpus(name, dtype, tolerance):
     found = []
     for device in ("cpu", "cuda"):
-        agent = agent_on(device, dtype, **ALGORITHM1[name])
-        batch, noise = random_batch(4), random_noise(agent.args, torch.Generator().manual_seed(0))
-        found.append(losses_and_gradients(agent, moved(batch, device, dtype), moved(noise, device, dtype)))
+        agent = tiny_agent(device, dtype, **ALGORITHM1[name])
+        noise = random_noise(agent.args, torch.Generator().manual_seed(0))
+        batch, noise = (moved(values, device, dtype) for values in (random_batch(4), noise))
+        args, state = agent.args, batch.next_state.expand(noise.next_action.shape[1], -1, -1)
+        action = erdp.sample_actions(agent.policy_ema, agent.sde, state, noise.next_action, args.clip_denoised)
+        values = erdp.critic_loss(agent.critics, agent.critics_target, batch, state, action, args)
+        values |= erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, values["q"], args)
+        (values["critic_loss"] + values["policy_loss"]).backward()
+        for part in ("policy", "critics"):
+            values |= {f"gradient of {key} of {part}": p.grad for key, p in getattr(agent, part).named_parameters()}
+        found.append({key: x.detach().cpu() for key, x in (values | {"next actions": action}).items()})
     for key, value in found[0].items():
         scale = 1 + float(value.abs().max())
         agree(f"{key}, CPU and CUDA, {dtype}", found[1][key], value, rtol=tolerance, atol=tolerance * scale)
@@ -3229,7 +3195,7 @@ def test_cuda_losses_and_gradients_agree_with_the_cpus(name, dtype, tolerance):
 
 def check_fast_updates(device, updates, capture=False, **choices):
     """Updates of a compiled or captured agent equal the eager ones, fed the same batches and noise, in float64."""
-    eager, fast = agent_on(device, **choices | dict(compile=False)), agent_on(device, **choices)
+    eager, fast = tiny_agent(device, **choices | dict(compile=False)), tiny_agent(device, **choices)
     generator = torch.Generator().manual_seed(1)
     data, noise = moved(random_batch(100), device), moved(random_noise(eager.args, generator), device)
     latest = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
