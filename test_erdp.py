@@ -1237,8 +1237,13 @@ ALGORITHM1 = {
 }
 
 
-def check_algorithm1(choices, updates, start):
-    agent, generator = tiny_agent(**choices), torch.Generator().manual_seed(1)
+SHORT_ROUNDS = [*itertools.product(ALGORITHM1, [1], [0, 1000]), ("clipped gradients", 3, 999), ("other rates", 3, 999)]
+LONG_ROUNDS = [pytest.param(name, 20, 990, marks=pytest.mark.slow) for name in ALGORITHM1]
+
+
+@pytest.mark.parametrize("name, updates, start", SHORT_ROUNDS + LONG_ROUNDS)
+def test_algorithm1_updates_equal_literal_ones(name, updates, start):
+    agent, generator = tiny_agent(**ALGORITHM1[name]), torch.Generator().manual_seed(1)
     agent.updates.fill_(start)
     literal = Algorithm1(agent)
     for k in range(updates):
@@ -1250,23 +1255,6 @@ def check_algorithm1(choices, updates, start):
             agree(f"Algorithm 1, update {start + k}: {name}", value, expected[name], rtol=1e-8)
         literal.compare(agent, f"Algorithm 1 after update {start + k}")
     assert agent.updates == start + updates
-
-
-@pytest.mark.parametrize("start", [0, 1000], ids="update {}".format)
-@pytest.mark.parametrize("name", ALGORITHM1)
-def test_algorithm1_one_update_equals_a_literal_one(name, start):
-    check_algorithm1(ALGORITHM1[name], 1, start)
-
-
-@pytest.mark.parametrize("name", ["clipped gradients", "other rates"])
-def test_algorithm1_three_updates_equal_literal_ones(name):
-    check_algorithm1(ALGORITHM1[name], 3, 999)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALGORITHM1)
-def test_algorithm1_twenty_updates_equal_literal_ones(name):
-    check_algorithm1(ALGORITHM1[name], 20, 990)
 
 
 def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
