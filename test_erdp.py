@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, get_args
+from unittest.mock import Mock
 
 import gymnasium as gym
 import h5py
@@ -929,10 +930,7 @@ def test_eq15_gradients_flow_into_the_policy_alone(variant):
 
 
 # ==== In place of Eq. 14: the entropy by de Bruijn's identity =========================================================
-GRIDS = st.integers(2, 200), st.sampled_from(SCHEDULES)
-
-
-@given(*GRIDS, st.floats(-1, 1))
+@given(st.integers(2, 200), st.sampled_from(SCHEDULES), st.floats(-1, 1))
 @example(2, "constant", 1.0)  # x_1 is Gaussian already
 def test_debruijn_sum_ends_where_x_t_is_gaussian_to_within_a_hundredth_nat(T, schedule, action):
     """Of one action in [-1, 1]: KL of x_t from the standard Gaussian, and what its entropy lacks, by SciPy."""
@@ -1420,13 +1418,6 @@ def test_table4_defaults_in_signatures_are_the_papers():
 
 
 # ==== Data ============================================================================================================
-class Recording(list):
-    """Episodes as a Minari data set gives them."""
-
-    def iterate_episodes(self):
-        return iter(self)
-
-
 def episode(number, rewards, ended=False, **changes):
     """An episode whose state i is (number, i) and whose actions are 0. It ends in a terminal state or by a timeout."""
     n = len(rewards)
@@ -1438,7 +1429,8 @@ def episode(number, rewards, ended=False, **changes):
 
 
 def task_of(data, domain="gym", space=None, low=(-1,), high=(1,), env=erdp.ToyEnv, steps=1000) -> erdp.Task:
-    """A task on an HDF5 file or a Recording; its scores 0 and 100 are the returns 2 and 12."""
+    """A task on an HDF5 file or on episodes as of a Minari set; its scores 0 and 100 are the returns 2 and 12."""
+    data = SimpleNamespace(iterate_episodes=data.copy) if isinstance(data, list) else data
     spec = gym.envs.registration.EnvSpec("Made-v0", env, max_episode_steps=steps)
     return erdp.Task(domain, data, "made-v0", spec, space or Box(-9, 9, (2,)), np.array(low), np.array(high), 2, 12)
 
@@ -1453,7 +1445,7 @@ def transitions(batch: Batch) -> list:
 
 
 def test_data_minari_pairs_states_within_an_episode_and_keeps_timeouts_apart_from_terminals():
-    data = load(task_of(Recording([episode(0, [1, 2, 3], ended=True), episode(1, [4, 5]), episode(2, [6])])))
+    data = load(task_of([episode(0, [1, 2, 3], ended=True), episode(1, [4, 5]), episode(2, [6])]))
     expected = [[0, 0, 0, 1, 0], [0, 1, 0, 2, 0], [0, 2, 0, 3, 1], [1, 0, 1, 1, 0], [1, 1, 1, 2, 0], [2, 0, 2, 1, 0]]
     assert transitions(data) == expected, "every step once, with its own episode's next state; a timeout is no terminal"
     assert data.reward.tolist() == [1, 2, 3, 4, 5, 6], "Gym's rewards are unchanged"
@@ -1461,22 +1453,17 @@ def test_data_minari_pairs_states_within_an_episode_and_keeps_timeouts_apart_fro
 
 
 def test_data_antmaze_episodes_end_terminal_at_the_goal_and_nothing_later_is_used():
-    episodes = [
-        episode(0, [0, 0, 1, 1, 0, 1]),  # reached in mid-episode, left and reached again
-        episode(1, [1, 1]),  # reached at the first step
-        episode(2, [0, 0]),  # never reached
-        episode(3, [0, 1]),  # reached at the last step
-        episode(4, [1]),
-        episode(5, [0]),
-    ]
-    task = task_of(Recording(episodes), domain="antmaze")
+    # reached in mid-episode, left and reached again; at the first step; never; at the last; at the only; never
+    rewards = [0, 0, 1, 1, 0, 1], [1, 1], [0, 0], [0, 1], [1], [0]
+    episodes = [episode(number, of_steps) for number, of_steps in enumerate(rewards)]
+    task = task_of(episodes, domain="antmaze")
     data = load(task)
     expected = [[0, 0, 0, 1, 0], [0, 1, 0, 2, 0], [0, 2, 0, 3, 1], [1, 0, 1, 1, 1], [2, 0, 2, 1, 0], [2, 1, 2, 2, 0]]
     expected += [[3, 0, 3, 1, 0], [3, 1, 3, 2, 1], [4, 0, 4, 1, 1], [5, 0, 5, 1, 0]]
     assert transitions(data) == expected, "AntMaze: the first step at the goal is the episode's last, and terminal"
     assert data.reward.tolist() == [-2, -2, 2, 2, -2, -2, -2, 2, 2, -2], "AntMaze: 4 (r - 0.5)"
     assert task.returns.tolist() == [1, 1, 0, 1, 1, 0], "played, each would have ended at the goal"
-    elsewhere = load(task_of(Recording(episodes[:1])))
+    elsewhere = load(task_of(episodes[:1]))
     assert len(elsewhere.reward) == 6 and not elsewhere.terminal.any(), "other domains go on after a reward"
 
 
@@ -1486,13 +1473,13 @@ def test_data_rewards_are_scaled_by_domain():
     expected = dict(gym=rewards, kitchen=rewards, adroit=[(r - 2) / std for r in rewards])
     for domain, values in expected.items():
         parts = [episode(k, part, observations=np.ones((len(part) + 1, 45))) for k, part in enumerate(halves)]
-        reward = load(task_of(Recording(parts), domain, Box(-9, 9, (45,)))).reward
+        reward = load(task_of(parts, domain, Box(-9, 9, (45,)))).reward
         agree(f"rewards of {domain}", reward, np.array(values, np.float32), rtol=1e-6, atol=1e-7)
-    same = Recording([episode(0, [3, 3], observations=np.ones((3, 45)))])
+    same = [episode(0, [3, 3], observations=np.ones((3, 45)))]
     same = load(task_of(same, "adroit", Box(-9, 9, (45,)))).reward
     assert same.tolist() == [0, 0], "standardised rewards that do not differ are 0, not NaN"
     with pytest.raises(UserError, match="rewards of 0 and 1.*sparse"):
-        load(task_of(Recording([episode(0, [0.1, 0.9])]), "antmaze"))
+        load(task_of([episode(0, [0.1, 0.9])], "antmaze"))
 
 
 BOXES = st.lists(st.integers(1, 3), max_size=2).map(lambda shape: Box(-9, 9, tuple(shape), np.float64))
@@ -1528,7 +1515,7 @@ BOUNDS = st.tuples(st.floats(-5, 5), st.floats(0.5, 80)).map(lambda b: (b[0], b[
 def test_data_actions_are_scaled_by_the_bounds_of_each_and_back(bounds, where):
     low, high = np.array(bounds).T
     action = (low + where * (high - low)).clip(low, high)
-    scaled = load(task_of(Recording([episode(0, [0] * 4, actions=action)]), low=low, high=high)).action
+    scaled = load(task_of([episode(0, [0] * 4, actions=action)], low=low, high=high)).action
     agree("low is -1, high is 1", scaled, np.broadcast_to(2 * where - 1, action.shape), rtol=0, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(erdp, "sample_actions", lambda *_: scaled[:, None])
@@ -1539,7 +1526,7 @@ def test_data_actions_are_scaled_by_the_bounds_of_each_and_back(bounds, where):
 
 @pytest.mark.parametrize("action, scaled", [(1, 1), (1.0009, 1), (-1.0009, -1), (1.0011, None), (-1.0011, None)])
 def test_data_actions_outside_their_bounds_by_more_than_a_thousandth_are_refused_and_less_is_clipped(action, scaled):
-    task = task_of(Recording([episode(0, [0, 0], actions=np.array([[0.5], [action]]))]))
+    task = task_of([episode(0, [0, 0], actions=np.array([[0.5], [action]]))])
     if scaled is None:
         with pytest.raises(UserError, match="made-v0 has actions outside their bounds: 1.001"):
             load(task)
@@ -1584,7 +1571,7 @@ def test_data_hdf5_pairs_rows_as_d4rl_does(tmp_path_factory, ends):
 def test_data_knows_what_its_own_episodes_would_have_returned_if_played(tmp_path):
     """Up to the time limit, which is their own where the environment has none, and by the rule of the row. An episode
     that a D4RL file breaks off within does not count."""
-    episodes = Recording([episode(0, [1, 2, 4], ended=True), episode(1, [8, 16, 32, 64]), episode(2, [128])])
+    episodes = [episode(0, [1, 2, 4], ended=True), episode(1, [8, 16, 32, 64]), episode(2, [128])]
     for steps, expected in ((1000, [7, 120, 128]), (3, [7, 56, 128]), (2, [3, 24, 128]), (None, [7, 120, 128])):
         task = task_of(episodes, steps=steps)
         assert load(task).reward.sum() == 255 and task.returns.tolist() == expected
@@ -1598,7 +1585,7 @@ def test_data_knows_what_its_own_episodes_would_have_returned_if_played(tmp_path
     load(task)
     assert task.returns.tolist() == [15], "a file within one episode"
     height = np.array([0.2, 0.2, 0.07, 0.2, 0.07])[:, None] * (np.arange(45) == 26)
-    pen = task_of(Recording([episode(0, [1, 2, 4, 8], observations=height)]), "adroit", Box(-9, 9, (45,)))
+    pen = task_of([episode(0, [1, 2, 4, 8], observations=height)], "adroit", Box(-9, 9, (45,)))
     assert len(load(pen).reward) == 4 and pen.returns.tolist() == [3], "D4RL's Pen ends where the pen is dropped"
 
 
@@ -1638,10 +1625,7 @@ def test_data_minari_takes_the_newest_installed_version_else_the_newest_on_the_s
 
 
 def test_data_in_a_folder_that_may_not_be_written_is_read_without_a_lock(monkeypatch, tmp_path, capsys):
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(erdp, "open", refuse, raising=False)
+    monkeypatch.setattr(erdp, "open", Mock(side_effect=PermissionError(13, "Permission denied")), raising=False)
     with erdp.lock(tmp_path / ".erdp-lock", "waiting"):
         assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
@@ -2256,9 +2240,7 @@ def test_runs_are_at_work_in_their_folder_alone(refused, copied, tmp_path):
 
 
 def test_runs_in_a_thread_and_with_a_closed_pipe_go_on_to_their_end(finished, tmp_path, monkeypatch):
-    def closed(*_):
-        raise BrokenPipeError
-
+    closed = Mock(side_effect=BrokenPipeError)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=closed, flush=closed))
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run, tmp_path / "run").result() == 0
@@ -2659,8 +2641,7 @@ def test_bad_hdf5_files_are_refused(refused, tmp_path):
     refused(hopper_args(tmp_path / "folder.hdf5"), str(tmp_path / "folder.hdf5"))
 
 
-def offline(*_, **__):
-    raise ConnectionError("Network is unreachable\nand more")
+OFFLINE = Mock(side_effect=ConnectionError("Network is unreachable\nand more"))
 
 
 def changed_rows(key, change):
@@ -2708,7 +2689,7 @@ BAD_MINARI = {  # what is done to the files of a good data set, and what the mes
 def test_bad_minari_files_are_refused(name, refused, minari_root, monkeypatch):
     import minari
 
-    monkeypatch.setattr(minari, "list_remote_datasets", offline)
+    monkeypatch.setattr(minari, "list_remote_datasets", OFFLINE)
     dataset, (damage, words) = make_minari(made("Ledger")), BAD_MINARI[name]
     damage(minari_root / dataset / "data")
     refused([*SHORT.split(), "--dataset", dataset], dataset, *words)
@@ -2750,13 +2731,13 @@ def test_bad_minari_download_fails_with_a_way_out_and_leaves_nothing(refused, mi
 
     def half(dataset_id, *_, **__):
         (Path(os.environ["MINARI_DATASETS_PATH"]) / dataset_id / "data").mkdir(parents=True)
-        offline()
+        OFFLINE()
 
     args = [*SHORT.split(), "--env", "pen-human-v1"]
     ways = "D4RL/pen/human cannot be downloaded", "`minari list remote`", str(minari_root)
     assert 0 < erdp.PATIENCE < 30, "a download fails within 30 seconds"
     monkeypatch.setattr(erdp, "PATIENCE", 0.2)
-    monkeypatch.setattr(minari, "list_remote_datasets", offline)
+    monkeypatch.setattr(minari, "list_remote_datasets", OFFLINE)
     refused(args, *ways, "Network is unreachable")
     monkeypatch.setattr(minari, "list_remote_datasets", lambda *_, **__: {"D4RL/pen/human-v2": {}})
     monkeypatch.setattr(minari, "download_dataset", half)
@@ -2879,8 +2860,7 @@ def test_bad_resume_past_the_end_or_on_other_data_is_refused(refused, copied, mo
     unfinished(copied)
     refused(["--resume", "--num-steps", "11"], "12", "--num-steps 11", folder=copied)
     refused(["--resume", "--dataset", "toy-21"], "512", folder=copied)
-    toy_data = erdp.toy_data
-    monkeypatch.setattr(erdp, "toy_data", lambda *given: toy_data(*given, episodes=77))
+    monkeypatch.setattr(erdp, "toy_data", functools.partial(erdp.toy_data, episodes=77))
     refused(["--resume"], "'transitions': 512", "'transitions': 154", folder=copied)
 
 
@@ -2899,10 +2879,7 @@ def test_bad_reference_scores_domains_and_arguments_that_no_file_can_keep_are_re
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_bad_sizes_for_the_memory_are_refused(error, refused, monkeypatch):
-    def train(args):
-        raise error
-
-    monkeypatch.setattr(erdp, "train", train)
+    monkeypatch.setattr(erdp, "train", Mock(side_effect=error))
     refused([], "needs more memory than there is")
 
 
