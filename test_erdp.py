@@ -447,9 +447,8 @@ def test_eq8_of_the_mean_noise_is_the_mean_of_x_0_given_a_simulated_x_t(t):
 
 @given(cases())
 def test_eq8_inverts_eq4(case):
-    sde, x_0, t, eps = case.sde, case.x, case.t, case.y
-    agree("Eq. 8 of Eq. 4", sde.predict_x0(sde.diffuse(x_0, t, eps), t, eps), x_0)
-    agree("Eq. 4 of Eq. 8", sde.diffuse(sde.predict_x0(case.z, t, eps), t, eps), case.z)
+    x_t = case.sde.diffuse(case.x, case.t, case.y)
+    agree("Eq. 8 of Eq. 4", case.sde.predict_x0(x_t, case.t, case.y), case.x)
 
 
 @given(cases(first=2))
@@ -483,18 +482,19 @@ def literal_sample(network, schedule, T, state, noise, clip_denoised, clip_sampl
     return x.clip(-1, 1) if clip_sample else x
 
 
-def rough_network(x_t, t, state):
-    """Far off enough for every clamp to bite, and different for each time and state."""
-    return 0.8 * x_t + torch.sin(1.7 * t)[:, None] + 0.3 * state.sum(-1, keepdim=True)
-
-
 @given(st.integers(2, 30), st.sampled_from(SCHEDULES), st.booleans(), st.booleans(), st.integers(0, 999))
 def test_eq10_sampler_follows_eq8_eq7_and_eq6_step_by_step(T, schedule, clip_denoised, clip_sample, seed):
+    def rough_network(x_t, t, state):
+        """Far off enough for every clamp to bite, and different for each time and state."""
+        return 0.8 * x_t + torch.sin(1.7 * t)[:, None] + 0.3 * state.sum(-1, keepdim=True)
+
     noise, state = gaussian(T, 4, 2, seed=seed), gaussian(4, 3, seed=seed + 1000)
     arguments = state, noise, clip_denoised, clip_sample
     expected = literal_sample(rough_network, schedule, T, *arguments)
     action = erdp.sample_actions(rough_network, sde64(T, schedule), *arguments)
     agree("Eq. 10", action, expected, rtol=1e-9)
+
+
 def gaussian_recursion(schedule, T, mean, width):
     """Moments of a^1 and a^0 of the sampler with the analytic predictor of N(mean, width^2), by recursion."""
     prime, bar = literal_theta(schedule, T)
@@ -508,8 +508,6 @@ def gaussian_recursion(schedule, T, mean, width):
         m = of_x_t * m + of_x_0 * (mean + gain * (m - decay * mean))
         v = (of_x_t + of_x_0 * gain) ** 2 * v + past * step / var
     return at_1, (m, v)
-
-
 
 
 def test_eq10_samples_approach_a_mixture_as_the_steps_grow():
@@ -1233,8 +1231,6 @@ ALGORITHM1 = {
     "one member": dict(num_critics=1, variant="released", entropy_coef=0.0, schedule="constant"),
     "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=3, ema_start=0, critic_lr=1e-2),
 }
-
-
 SHORT_ROUNDS = [*itertools.product(ALGORITHM1, [1], [0, 1000]), ("clipped gradients", 3, 999), ("other rates", 3, 999)]
 LONG_ROUNDS = [pytest.param(name, 20, 990, marks=pytest.mark.slow) for name in ALGORITHM1]
 
@@ -2102,9 +2098,7 @@ def test_runs_of_a_gpu_go_on_as_they_were_and_on_a_cpu_where_there_is_none_or_th
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "Ctrl-C"])
-def test_runs_cut_off_in_an_evaluation_have_all_updates_before_it_and_nothing_of_it(
-    killed, finished, tmp_path, monkeypatch
-):
+def test_runs_cut_off_in_an_evaluation_have_all_before_it_and_nothing_of_it(killed, finished, tmp_path, monkeypatch):
     act, calls = erdp.Actor.__call__, []
 
     def disturbed(*given):
@@ -2125,18 +2119,16 @@ def test_runs_cut_off_in_an_evaluation_have_all_updates_before_it_and_nothing_of
 
 
 @pytest.mark.parametrize("number", erdp.STOPS, ids=lambda number: number.name)
-def test_runs_stop_at_a_signal_with_a_checkpoint_and_at_once_at_a_second(number, tmp_path, capsys):
-    previous = signal.signal(number, signal.default_int_handler)  # so that SIGTERM cannot end this process
-    try:
-        assert cut(tmp_path / "run", 6, lambda: signal.raise_signal(number)) == 128 + number
-        assert checkpoint(tmp_path / "run")["step"] == 7
-        assert "stopped at update 7: --resume goes on" in capsys.readouterr().out
-        assert signal.getsignal(number) is signal.default_int_handler, "handlers are put back"
-        twice = [lambda: (signal.raise_signal(number), signal.raise_signal(number)), "--resume"]
-        assert cut(tmp_path / "run", 9, *twice) == 130 and capsys.readouterr().err == ""
-        assert checkpoint(tmp_path / "run")["step"] == 8, "nothing is saved at a second"
-    finally:
-        signal.signal(number, previous)
+def test_runs_stop_at_a_signal_with_a_checkpoint_and_at_once_at_a_second(number, tmp_path, capsys, request):
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.default_int_handler)  # so that SIGTERM cannot end this process
+    assert cut(tmp_path / "run", 6, lambda: signal.raise_signal(number)) == 128 + number
+    assert checkpoint(tmp_path / "run")["step"] == 7
+    assert "stopped at update 7: --resume goes on" in capsys.readouterr().out
+    assert signal.getsignal(number) is signal.default_int_handler, "handlers are put back"
+    twice = [lambda: (signal.raise_signal(number), signal.raise_signal(number)), "--resume"]
+    assert cut(tmp_path / "run", 9, *twice) == 130 and capsys.readouterr().err == ""
+    assert checkpoint(tmp_path / "run")["step"] == 8, "nothing is saved at a second"
 
 
 def test_runs_end_on_a_full_disk_in_one_sentence_with_their_last_checkpoint(finished, tmp_path, monkeypatch, capsys):
@@ -2233,7 +2225,7 @@ def holder(path, code="time.sleep(60)"):
             child.kill()
 
 
-def test_runs_are_at_work_in_their_folder_alone(refused, copied, tmp_path):
+def test_runs_are_at_work_in_their_folder_alone(refused, copied):
     with holder(unfinished(copied) / ".lock"):
         refused([*RUN.split(), "--resume"], f"another process is at work in {copied}", "--run-dir", folder=copied)
     assert run(copied, "--resume") == 0, "a lock ends with its process"
@@ -3116,19 +3108,16 @@ def test_update_works_at_the_same_addresses_after_a_checkpoint_was_loaded():
 
 @pytest.mark.parametrize("rows, inner, columns", [(256, 256, 256), (8, 39, 256), (2560, 55, 256), (3, 5, 2)])
 @pytest.mark.parametrize("lead", [(), (1,), (64,)], ids=str)
-def test_float32_products_stay_float32_whatever_library_makes_them(rows, inner, columns, lead):
+def test_float32_products_stay_float32_whatever_library_makes_them(rows, inner, columns, lead, request):
     """bfloat16 factors would be wrong by 2**-9 an element, TF32 ones by 2**-12."""
-    before = torch.get_float32_matmul_precision()
+    request.addfinalizer(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
     erdp.set_matmul_precision(Args())
-    try:
-        generator = torch.Generator().manual_seed(0)
-        a, b = (torch.randn(*lead, *size, generator=generator) for size in ((rows, inner), (inner, columns)))
-        for x, y in ((a, b), (a.mT, a @ b), (a @ b, b.mT)):  # as in a forward and a backward pass
-            exact = x.double() @ y.double()
-            error, scale = (x @ y - exact).abs().max(), exact.square().mean().sqrt()
-            assert error < 2**-14 * scale, "the products have float32's precision"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*lead, *size, generator=generator) for size in ((rows, inner), (inner, columns)))
+    for x, y in ((a, b), (a.mT, a @ b), (a @ b, b.mT)):  # as in a forward and a backward pass
+        exact = x.double() @ y.double()
+        error, scale = (x @ y - exact).abs().max(), exact.square().mean().sqrt()
+        assert error < 2**-14 * scale, "the products have float32's precision"
 
 
 # ==== Compiled and captured updates, and CUDA =========================================================================
