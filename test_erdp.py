@@ -1846,6 +1846,7 @@ def test_actor_in_a_state_depends_on_its_own_stream_alone(candidates):
     assert not np.array_equal(actor(many), actor(many)), "without streams every call is another draw"
     actor.layout = [3, 1]  # an environment that observes a column
     agree("a column", act(states[2][:, None], 2), alone[2], rtol=0, atol=0)
+    agree("flat states, there too", act(states, *range(5)), together, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("clip_denoised", [True, False], ids=["action clip", "none"])
@@ -2020,6 +2021,11 @@ def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch
     rows = checkpoint(tmp_path / "run")["rows"]
     found = [(row["step"], row["critic_loss"], row["q"], row["lcb"], row["entropy"]) for row in rows]
     assert found == [(5, 3, 6, -3, 1), (10, 8, 16, -8, 1), (12, 11.5, 23, -11.5, 1)]
+
+
+def test_runs_say_how_long_they_have_to_go():
+    there = SimpleNamespace(args=Args(num_steps=100, eval_every=30), evaluating=60.0, step=50)
+    assert erdp.Run.to_go(there, 2.0) == "03:25", "50 updates at 2 a second, and evaluations at 60, 90 and 100"
 
 
 def test_runs_of_a_seed_are_the_same_and_of_two_seeds_not(finished, tmp_path):
@@ -2531,7 +2537,7 @@ BAD_SETTINGS = {  # what is given, and words that the sentence must have
     "--variant debruijn --loss likelihood": ["--loss likelihood", "give --loss noise or --loss posterior"],
     "--variant debruijn --env hopper-medium-v2": ["--loss likelihood", "give --loss noise or --loss posterior"],
     "--device cuda": ["--device cuda", "--device cpu"],
-    "--device cuda:200": ["cuda:200", "--device cpu"],
+    "--device cuda:0": ["cuda:0", "--device cpu"],
     "--device cpu:3": ["cpu:3", "cuda"],
     "--precision tf32 --device cpu": ["--precision tf32", "--device cpu"],
     "--checkpoint a.pt": ["--checkpoint", "--eval-only"],
