@@ -846,8 +846,8 @@ def spaces_of(source, name: str) -> dict:
 
 
 def written(spec: EnvSpec) -> str | None:
-    """The specification as files keep it; None where it holds the class itself, as the toy's."""
-    return spec.to_json() if isinstance(spec.entry_point, str) else None
+    """The specification as files keep it; None for the toy's, which holds the class itself."""
+    return None if spec.entry_point is ToyEnv else spec.to_json()
 
 
 def make_task(domain: str, data, dataset_id: str, spec, refs, **kwargs) -> Task:
@@ -1186,8 +1186,8 @@ class Actor:
         if isinstance(observation, dict) or list(np.shape(observation)) == self.layout:
             observation = flatten(self.layout, observation)
         state = np.asarray(observation, np.float32)
-        if state.ndim == 1:
-            return self(state[None], streams)[0]
+        if alone := state.ndim == 1:
+            state = state[None]
         agent, args = self.agent, self.agent.args
         device = agent.sde.theta_bar.device
         T, C = agent.sde.num_steps, args.eval_candidates
@@ -1210,7 +1210,8 @@ class Actor:
         action = action.double().cpu().numpy()
         action = action.reshape(-1, *self.low.shape)
         action = self.low + (action + 1) / 2 * (self.high - self.low)
-        return action.clip(self.low, self.high)
+        action = action.clip(self.low, self.high)
+        return action[0] if alone else action
 
 
 class Episode(gym.Wrapper):
