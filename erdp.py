@@ -1584,7 +1584,7 @@ class Run:
             steps = math.ceil(args.eval_episodes / envs) * self.task.spec.max_episode_steps
             self.evaluating = steps * (time.monotonic() - began)
         updating = (args.num_steps - self.step) / rate
-        evaluations = math.ceil(args.num_steps / args.eval_every) - self.step // args.eval_every
+        evaluations = math.ceil(args.num_steps / args.eval_every) - (self.step - 1) // args.eval_every
         return tqdm.format_interval(updating + evaluations * self.evaluating)
 
     def due(self) -> bool:
@@ -1832,7 +1832,8 @@ def saved_settings(given: Args) -> Args | None:
     if args.device != "cpu" and (given.device == "cpu" or not torch.cuda.is_available()):
         args.device = "cpu"
         args.compile = False
-        args.precision = "float32"
+        if args.precision == "tf32":
+            args.precision = "float32"
     return args
 
 

@@ -2027,6 +2027,8 @@ def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch
 def test_runs_say_how_long_they_have_to_go():
     there = SimpleNamespace(args=Args(num_steps=100, eval_every=30), evaluating=60.0, step=50)
     assert erdp.Run.to_go(there, 2.0) == "03:25", "50 updates at 2 a second, and evaluations at 60, 90 and 100"
+    there.step = 60
+    assert erdp.Run.to_go(there, 2.0) == "03:20", "40 updates, and the same evaluations, of which one is due"
 
 
 def test_runs_of_a_seed_are_the_same_and_of_two_seeds_not(finished, tmp_path):
@@ -2092,9 +2094,13 @@ def test_runs_write_a_file_to_the_disk_before_it_takes_its_name(tmp_path, monkey
 
 def test_runs_of_a_gpu_go_on_as_they_were_and_on_a_cpu_where_there_is_none_or_they_are_told_to(copied, monkeypatch):
     whole = checkpoint(unfinished(copied))
-    args = whole["args"] | dict(device="cuda:1", compile=True, precision="tf32")
     theirs = torch.zeros(16, dtype=torch.uint8)  # as much as a GPU's generator has
-    torch.save(whole | dict(args=args, generator=theirs), copied / "checkpoint.pt")
+
+    def save(precision):
+        args = whole["args"] | dict(device="cuda:1", compile=True, precision=precision)
+        torch.save(whole | dict(args=args, generator=theirs), copied / "checkpoint.pt")
+
+    save("tf32")
     go_on, on_cpu = ["--resume", "--run-dir", str(copied)], ("cpu", False, "float32")
     for count, device, expected in ((2, [], ("cuda:1", True, "tf32")), (2, ["--device=cpu"], on_cpu), (0, [], on_cpu)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
@@ -2102,6 +2108,8 @@ def test_runs_of_a_gpu_go_on_as_they_were_and_on_a_cpu_where_there_is_none_or_th
         args = erdp.parse([*go_on, *device])
         assert (args.device, args.compile, args.precision) == expected
     assert run(copied, "--resume", "--num-steps", "14") == 0, "with a generator of the CPU's"
+    save("bf16")
+    assert erdp.parse(go_on).precision == "bf16", "which a CPU has, too"
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "Ctrl-C"])
