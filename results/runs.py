@@ -40,11 +40,16 @@ def rounded(x):
     return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
+def without_home(value):
+    """A data set's path by its last three parts, which are the same on every machine; anything else as it is."""
+    return "/".join(Path(value).parts[-3:]) if isinstance(value, str) and value.endswith(erdp.HDF5) else value
+
+
 def read_folder(folder: Path) -> Run:
     """The run that left `folder`. Raises UserError where a file of it is missing or damaged."""
     with erdp.refusing(f"{folder} cannot be read as a run", "copy the run again, or leave its folder out"):
         config = json.loads((folder / "config.json").read_text())
-        config = {name: rounded(value) for name, value in config.items() if name not in UNKEPT}
+        config = {name: without_home(rounded(value)) for name, value in config.items() if name not in UNKEPT}
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         numbers = {name: [rounded(float(row[name])) if row[name] else None for row in rows] for name in rows[0]}
@@ -159,8 +164,8 @@ def identity(run: Run) -> tuple:
     """What tells runs apart: the fields of a Group but the last, and the seed."""
     config, name = run.config, run.config["dataset_id"]
     row, score = erdp.ROWS.get(config["env"]), config.get("data_score")
-    if name.endswith((".hdf5", ".h5")):  # a path, which can be reached by several ways
-        own, name = config["dataset"] is None, "/".join(Path(name).parts[-3:])
+    if name.endswith(erdp.HDF5):
+        own, name = config["dataset"] is None, without_home(name)
     else:
         own = row is not None and row.dataset in (name, name.rpartition("-v")[0])
     score = None if config["env"] == "toy" or score is None else round(score, 1)

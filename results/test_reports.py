@@ -65,7 +65,15 @@ def test_report_holds_arms_against_cloning_seed_by_seed(tmp_path):
     for arm, settings in {"bc": runs.CLONING, "ours": dict(q_time=3), "other loss": dict(loss="posterior")}.items():
         for seed, score in enumerate([[10.0, 20, 30], [15.0, 24, 36]][arm == "ours"]):
             folder = tmp_path / f"{arm}{seed}"
-            record(folder, "hopper-medium-v2", (score,), "x/hopper.hdf5", seed=seed, **(dict(loss="noise") | settings))
+            record(
+                folder,
+                "hopper-medium-v2",
+                (score,),
+                "/home/me/d/x/hopper.hdf5",
+                seed=seed,
+                **(dict(loss="noise") | settings),
+            )
+    assert runs.read_folder(tmp_path / "bc0").config["dataset"] == "d/x/hopper.hdf5", "nobody's home is published"
     (line,) = section(written(tmp_path), "Learning with Q against cloning")
     assert line[0] == "hopper-medium-v2" and "--q-time 3" in line[2] and line[-1] == "3"
     assert line[4] == "**+5.0 [+2.5, +7.5]**", "5, 4 and 6 by seed: 5 ± 4.303 * 1 / sqrt(3)"
