@@ -1883,7 +1883,9 @@ def parse(argv: list[str]) -> Args:
     if args.checkpoint and not args.eval_only:
         raise UserError("--checkpoint goes with --eval-only; --resume goes on from the run folder's own checkpoint")
     count = torch.cuda.device_count()
-    devices = ["cpu", *["cuda"][:count], *(f"cuda:{n}" for n in range(count))]
+    devices = {"cpu"} | {f"cuda:{n}" for n in range(count)}
+    if count:
+        devices.add("cuda")
     if args.device not in devices:
         there = f"PyTorch sees {count} CUDA devices"
         raise UserError(f"--device {args.device} is not there: {there}; give --device cpu, cuda or cuda:N")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from pages import save, start, table
-from runs import arm_of, label
+from runs import arm_of, label, without_home
 
 import erdp
 
@@ -26,7 +26,7 @@ def load(path: Path):
     """The agent of a run's checkpoint.pt, on the CPU, that run's data and task, and the update. Raises UserError."""
     saved = erdp.load_file(path)
     args, name = saved["args"], saved["dataset_id"]
-    data = args.dataset if name.endswith((".hdf5", ".h5")) else name
+    data = args.dataset if name.endswith(erdp.HDF5) else name
     args = dataclasses.replace(args, device="cpu", compile=False, precision="float32", dataset=data)
     task = erdp.open_task(args)
     batch = erdp.load_data(task, args)
@@ -211,7 +211,7 @@ def diagnosis(folder: Path, out: Path) -> str:
     save(figure, out / "diagnosis.png")
     times = [[name, *line] for name, line in by_time(agent, data).items()]
     norms = [[name, f"{v:.4g}", f"{norm:.4g}"] for name, (v, norm) in terms.items()]
-    name = "/".join(Path(task.dataset_id).parts[-3:])
+    name = without_home(task.dataset_id)
     text = f"""# Diagnosis of {folder.name}
 
 `python results/diagnose.py runs/{folder.name}`, at update {step:,}. {args.env} on {name}:

@@ -25,6 +25,7 @@ import scipy.stats
 import torch
 from known_noise import closed_form_deviation, gaussian, optimal, predictor, quantiles
 from pages import start, table
+from runs import without_home
 
 import erdp
 
@@ -178,7 +179,7 @@ def trained_agent(path: Path):
     agent = erdp.Agent(about["state_dim"], about["action_dim"], args)
     with erdp.refusing(f"{path} is not a whole checkpoint.pt of a run", "give that of another run"):
         agent.load_state_dict(saved["agent"])
-    data = "/".join(Path(saved["dataset_id"]).parts[-3:])
+    data = without_home(saved["dataset_id"])
     name = f"{args.env} on {data}, alpha {args.entropy_coef:g}, {saved['step']} updates"
     return name, agent, erdp.load_data(erdp.open_task(args), args)
 

@@ -11,6 +11,7 @@ data, have tables of their own. Unfinished runs are listed, not averaged.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -156,18 +157,21 @@ def against_cloning(groups: list[Group]) -> list[list]:
         shared = MEASURING | {"loss", "clip_denoised", "schedule", "num_diffusion_steps"}
         return group.env, group.data, group.transitions, {name: x for name, x in group.arm.items() if name in shared}
 
-    cloned = [group for group in groups if CLONING.items() <= group.arm.items()]
-    lines = []
+    lines, cloned, learned = [], [], []
     for group in groups:
-        for other in (other for other in cloned if group not in cloned and alike(other) == alike(group)):
-            ours, theirs = group.finals(), other.finals()
-            gains = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
-            if (n := len(gains)) > 1:
-                gain = gains.mean()
-                reach = student.ppf(0.975, n - 1) * gains.std(ddof=1) / n**0.5
-                words = in_words(gain, (gain - reach, gain + reach), "+.1f")
-                steps = f"{group.runs[0].config['num_steps']:,}"
-                lines.append([group.env, group.data, label(group.arm), steps, words, n])
+        (cloned if CLONING.items() <= group.arm.items() else learned).append(group)
+    for group, clone in itertools.product(learned, cloned):
+        ours, theirs = group.finals(), clone.finals()
+        seeds = sorted(ours.keys() & theirs.keys())
+        n = len(seeds)
+        if n < 2 or alike(group) != alike(clone):
+            continue
+        gains = np.array([ours[seed] - theirs[seed] for seed in seeds])
+        gain = gains.mean()
+        reach = student.ppf(0.975, n - 1) * gains.std(ddof=1) / n**0.5
+        words = in_words(gain, (gain - reach, gain + reach), "+.1f")
+        steps = f"{group.runs[0].config['num_steps']:,}"
+        lines.append([group.env, group.data, label(group.arm), steps, words, n])
     return lines
 
 
@@ -210,13 +214,10 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
             others.setdefault(title, {})[label(rest)] = group
     sizes = paper({name: SIZES[name] for name in ("M = 1", "M = 4", "M = 64")})
     found = {"figure3.png": sizes | paper(ALPHAS), "figure4.png": paper(METHODS), "figure5.png": sizes}
-    cloned = {title: lines for title, lines in others.items() if seeds_of(lines.get("behaviour cloning")) > 1}
+    cloned = {title: lines for title, lines in others.items() if "behaviour cloning" in lines}
+    cloned = {title: lines for title, lines in cloned.items() if len(lines["behaviour cloning"].runs) > 1}
     found |= {"cloning.png": cloned, "curves.png": others}
     return {name: panels for name, panels in found.items() if panels}
-
-
-def seeds_of(group: Group | None) -> int:
-    return len(group.runs) if group else 0
 
 
 # ==== 4. The command line =============================================================================================
