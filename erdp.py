@@ -19,6 +19,7 @@ import importlib.metadata
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -921,6 +922,16 @@ def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
     raise ValueError("the data were recorded in another maze")
 
 
+def say_differences(recorded: EnvSpec, spec: EnvSpec):
+    """Says in one line where the environment of the evaluation differs from the data's."""
+    about = [json.loads(as_json(each)) for each in (recorded, spec)]
+    theirs, ours = ({name: x[name] for name in ("id", "max_episode_steps")} | x["kwargs"] for x in about)
+    differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+    words = [f"{name} {str(theirs.get(name))[:30]} / {str(ours.get(name))[:30]}" for name in differing]
+    if words:
+        say(f"the data were recorded, and are evaluated, with {', '.join(words)}")
+
+
 def layout(space: gym.Space):
     """How an observation is flattened: the shape of a Box, or the layouts of a Dict's parts."""
     if isinstance(space, gym.spaces.Dict):
@@ -961,6 +972,7 @@ class Task:
     layout: dict | list  # of what the policy sees
     low: list  # bounds of an action, in its shape
     high: list
+    dtype: str  # of an action
     ref_min: float  # returns of score 0 and 100
     ref_max: float
 
@@ -979,7 +991,7 @@ def describe_env(env: gym.Env, part: str | None) -> dict:
     width = actions.high.astype(float) - actions.low if isinstance(actions, gym.spaces.Box) else np.zeros(1)
     if not ((width > 0) & (width < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
         raise ValueError(f"{name} has the actions {actions}, not a Box with 0 < high - low < 1e6")
-    return dict(layout=layout(space), low=actions.low.tolist(), high=actions.high.tolist())
+    return dict(layout=layout(space), low=actions.low.tolist(), high=actions.high.tolist(), dtype=actions.dtype.name)
 
 
 def as_json(spec: EnvSpec) -> str:
@@ -995,6 +1007,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     data = read_data(args)
     with make_env(args, data) as env:
         about, spec = describe_env(env, domain.part), env.spec
+    if recorded := getattr(data, "env_spec", None):
+        say_differences(recorded, spec)
     state_dim, shape = size(about["layout"]), np.shape(about["low"])
     low, high = np.reshape([about["low"], about["high"]], (2, -1))  # (A,) each
     parts, rewards, ended = [], [], []
@@ -1056,25 +1070,29 @@ def load_data(args: Args) -> tuple[Task, Batch]:
 class Actor:
     """The policy as it acts: of `args.eval_candidates` samples, one drawn by softmax over their pessimistic value."""
 
-    def __init__(self, agent: Agent, parts, low, high):
+    def __init__(self, agent: Agent, parts, low, high, dtype="float32"):
         self.agent, self.layout = agent, parts
-        self.low, self.high = np.asarray(low), np.asarray(high)  # the actions' bounds, in their shape
+        self.low, self.high = np.array([low, high], dtype)  # the actions' bounds, in their shape and dtype
 
     @torch.no_grad()
-    def __call__(self, observation, streams=None) -> np.ndarray:
+    def __call__(self, observation, generator=None) -> np.ndarray:
         """Flat states (N, S), or dicts as the environment has them -> actions (N, ...) within the environment's bounds.
 
-        One observation, in any shape, gives one action. State n draws from the random generator streams[n].
+        One observation, in any shape, gives one action. `generator` is NumPy's, for all states, or a list of one each.
+        Raises ValueError where an observation has another size than the policy's.
         """
         if isinstance(observation, dict) or list(np.shape(observation)) == self.layout:
             observation = flatten(self.layout, observation)
         state = np.asarray(observation, np.float32)
+        if state.ndim not in (1, 2) or state.shape[-1] != size(self.layout):
+            raise ValueError(f"states have {size(self.layout)} numbers here, but these are of shape {state.shape}")
         if alone := state.ndim == 1:
             state = state[None]
         agent, args = self.agent, self.agent.args
         device = agent.sde.theta_bar.device
         T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
-        streams = streams or [np.random.default_rng() for _ in state]
+        generator = generator or np.random.default_rng()
+        streams = generator if isinstance(generator, list) else [generator] * len(state)
         noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
         noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
         state = torch.as_tensor(state, device=device)
@@ -1085,8 +1103,9 @@ class Actor:
             u = [[stream.random()] for stream in streams]
             action = choose_action(action, value, torch.tensor(u, dtype=torch.float64, device=device))
         action = action.double().cpu().numpy().reshape(-1, *self.low.shape)
-        action = self.low + (action + 1) / 2 * (self.high - self.low)
-        action = action.clip(self.low, self.high)
+        low, high = self.low.astype(float), self.high.astype(float)
+        action = low + (action + 1) / 2 * (high - low)
+        action = action.clip(low, high).astype(self.low.dtype)
         return action[0] if alone else action
 
 
@@ -1109,26 +1128,48 @@ class OneEpisode(gym.Wrapper):
         if not so_far["ended"]:
             observation, reward, terminated, truncated, info = self.env.step(action)
             self.state = flatten(self.layout, observation)
-            so_far["return"] += float(reward)
-            so_far["success"] = np.fmax(so_far["success"], float(info.get("success", np.nan)))
+            so_far["return"] += np.asarray(reward, float).item()
+            known = [info[name] for name in ("success", "is_success") if info.get(name) is not None]
+            success = np.asarray(known[0], float).item() if known else np.nan
+            so_far["success"] = np.fmax(so_far["success"], success)
             so_far["length"] += 1
             so_far["ended"] = bool(terminated or truncated or self.over(self.state))
         return self.state, 0.0, False, False, so_far
 
 
 def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
-    """Environments that step together in worker processes, by default two a core and at most one an episode."""
+    """Environments that step together in worker processes, by default two a thread and at most one an episode."""
 
     def make():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # to stop is the main process's business
+        if multiprocessing.parent_process():  # in a worker: Ctrl-C is the main process's business
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return OneEpisode(gym.make(EnvSpec.from_json(task.spec), disable_env_checker=True), task)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    makers = [make] * min(episodes, num_envs or 2 * cores)
+    makers = [make] * min(episodes, num_envs or 2 * torch.get_num_threads())
     if task.domain == "toy":
         return gym.vector.SyncVectorEnv(makers)
     # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
     return gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
+
+
+@contextlib.contextmanager
+def playing(task: Task, episodes: int):
+    """Yields the environments of `make_envs`, and ends their processes. Raises UserError where one has died."""
+    with refusing("the evaluation's environments cannot be made, others can be named by --eval-env", Exception):
+        envs = make_envs(task, episodes)
+    try:
+        yield envs
+        envs.close()
+    except (EOFError, ConnectionError) as error:  # of a pipe whose other end is gone
+        time.sleep(1)  # a scheduler's signal to all processes may reach this one last
+        advice = "what was saved before it stands, and --resume goes on from there"
+        raise UserError(f"a process of the evaluation has died, most often for want of memory: {advice}") from error
+    finally:
+        envs.closed = True
+        for process in getattr(envs, "processes", ()):
+            process.kill()
+            process.join()
 
 
 def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | None:
@@ -1147,15 +1188,19 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
             seeds = [int(source.generate_state(1)[0]) for source in sources]
             state, _ = envs.reset(seed=seeds)
             actions = np.stack([actor.low] * K)
-            playing = wave < episodes
-            while playing.any():
+            alive = wave < episodes
+            while alive.any():
                 if stops:  # which a signal fills
                     return None
-                theirs = [streams[k] for k in np.flatnonzero(playing)]
-                actions[playing] = actor(state[playing], theirs)
+                theirs = [streams[k] for k in np.flatnonzero(alive)]
+                actions[alive] = actor(state[alive], theirs)
                 state, _, _, _, info = envs.step(actions)
-                bar.update(int((playing & info["ended"]).sum()))
-                playing &= ~info["ended"]
+                bar.update(int((alive & info["ended"]).sum()))
+                alive &= ~info["ended"]
+            unstable = (wave < episodes) & ~np.isfinite(info["return"])
+            if unstable.any():
+                problem = f"the episode of seed {seeds[unstable.argmax()]} has a return of NaN or infinity"
+                raise FloatingPointError(f"{problem}: its environment is unstable; the checkpoint before it stands")
             played.append([info["return"], info["success"], info["length"]])
     columns = np.concatenate(played, 1)[:, :episodes]
     return dict(zip(("return", "success", "length"), columns))
@@ -1224,7 +1269,7 @@ def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
         agent = Agent(size(task.layout), np.size(task.low), args, device)
         for part in ACTING:
             getattr(agent, part).load_state_dict(saved["agent"][part])
-    return Actor(agent, task.layout, task.low, task.high)
+    return Actor(agent, task.layout, task.low, task.high, task.dtype)
 
 
 @contextlib.contextmanager
@@ -1264,7 +1309,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.agent = Agent(size(task.layout), A, args, device)
-        self.actor = Actor(self.agent, task.layout, task.low, task.high)
+        self.actor = Actor(self.agent, task.layout, task.low, task.high, task.dtype)
         self.rows = torch.empty(args.batch_size, dtype=torch.int64, device=device)  # of the data, for one update
         self.noise = noise_buffers(args, A, device)
         self.latest = torch.zeros(len(METRICS), device=device)  # metrics of the last update
@@ -1399,20 +1444,20 @@ def train(args: Args) -> int:
     with refusing(f"{args.dataset or args.env} cannot be learned from"):
         task, data = load_data(args)
     with contextlib.ExitStack() as ends:
-        envs = ends.enter_context(contextlib.closing(make_envs(task, args.eval_episodes)))
         stops = ends.enter_context(interruptible())
+        envs = ends.enter_context(playing(task, args.eval_episodes))  # forked before there are threads, locks or GPUs
         with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             ends.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
         is_finished(folder, args)  # asked again, as another process may have begun it meanwhile
         use_device(args)
+        if args.compile:
+            say("compiling, which takes half a minute or more")
+            try_compiler(args.device)
         with refusing("the networks and batches cannot be made: give smaller sizes", RuntimeError):
             run = Run(args, task, data, folder)
         if (folder / "checkpoint.pt").exists():
             run.restore()
-        if args.compile:
-            say("compiling, which takes half a minute or more")
-            try_compiler(args.device)
         (folder / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
         run.save()  # from here on, --resume works whenever the run is cut off
         run.describe()
@@ -1548,9 +1593,7 @@ def evaluate_only(args: Args) -> int:
             task.spec = as_json(env.spec)
         if about != {name: getattr(task, name) for name in about}:
             raise UserError(f"--eval-env {args.eval_env} has other observations or actions than the policy")
-    with refusing(f"the environment of {path} cannot be made, another can be named by --eval-env", Exception):
-        envs = make_envs(task, args.eval_episodes)
-    with contextlib.closing(envs):
+    with playing(task, args.eval_episodes) as envs:
         use_device(args)
         actor = load_policy(path, args.device, args.eval_candidates)
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
