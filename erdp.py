@@ -93,7 +93,7 @@ class Args(Start):
     eval_env: str | None = None  # an environment in place of the row's or the data's: an id, module:id or module:Class
     # speed
     compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling
-    precision: Precision = "float32"  # of products: tf32 needs CUDA; bf16 is for the ensemble's hidden layers alone
+    precision: Precision = "float32"  # of products: tf32 is CUDA's; bf16: in the ensemble's hidden layers
 
     def __post_init__(self):
         check_settings(self)
@@ -580,9 +580,7 @@ class Captured:
     """
 
     def __init__(self, function: Callable[[], None]):
-        self.function = function
-        self.calls = 0
-        self.graph = torch.cuda.CUDAGraph()
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
 
     def __call__(self):
         self.calls += 1
@@ -600,24 +598,20 @@ class Captured:
 
 
 def use_device(args: Args):
-    """Sets for this process how products are computed, and on a CPU by how many threads.
+    """Sets for this process the GPU or the CPU's threads, and how products are computed.
 
-    "medium" sends float32 products from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN. That may
-    then round factors to bfloat16, but only with AMX instructions or on ARM; elsewhere the products stay float32.
+    "medium" sends a CPU's float32 products from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN.
+    That may round factors to bfloat16, but only with AMX instructions or on ARM; elsewhere products stay float32.
+    On a GPU all products are float32, or (tf32, and what bf16 leaves to others) TF32.
     """
-    if args.device.startswith("cuda"):
+    if args.device == "cpu":
+        if args.hidden <= 64:
+            torch.set_num_threads(1)  # more gain nothing in such products, and wait for each other on busy cores
+        exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
+        torch.set_float32_matmul_precision("medium" if exact else "highest")
+    else:
         torch.cuda.set_device(torch.device(args.device).index or 0)  # which "cuda" alone has not
-    elif args.hidden <= 64:
-        torch.set_num_threads(1)  # more gain nothing in such products, and where cores are busy wait for each other
-    exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
-    on_cpu = "medium" if exact and args.device == "cpu" else "highest"
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else on_cpu)
-
-
-def try_compiler(device: str):
-    """Compiles one line, so that a compiler that does not work is known before the run folder has a file."""
-    with refusing("torch.compile does not work here, and --no-compile does without it", Exception):
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
+        torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")  # high: TF32
 
 
 # ==== 8. Settings and rows: Tables 1, 2 and 4 =========================================================================
@@ -925,11 +919,11 @@ def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
 def say_differences(recorded: EnvSpec, spec: EnvSpec):
     """Says in one line where the environment of the evaluation differs from the data's."""
     about = [json.loads(as_json(each)) for each in (recorded, spec)]
-    theirs, ours = ({name: x[name] for name in ("id", "max_episode_steps")} | x["kwargs"] for x in about)
-    differing = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-    words = [f"{name} {str(theirs.get(name))[:30]} / {str(ours.get(name))[:30]}" for name in differing]
+    theirs, ours = (dict(id=x["id"], max_episode_steps=x["max_episode_steps"]) | x["kwargs"] for x in about)
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in theirs | ours}
+    words = [f"{name} {str(a)[:30]} / {str(b)[:30]}" for name, (a, b) in pairs.items() if a != b]
     if words:
-        say(f"the data were recorded, and are evaluated, with {', '.join(words)}")
+        say(f"the data were recorded / are evaluated with {', '.join(words)}")
 
 
 def layout(space: gym.Space):
@@ -1278,18 +1272,17 @@ def interruptible():
 
     The signal may have reached a compiler or a worker too: an exception that follows from it is dropped.
     """
-    stops, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stops = []
 
     def stop(number, _):
         stops.append(number)
         restore()
 
-    for number in before:
-        signal.signal(number, stop)
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stops
     except Exception:
@@ -1328,11 +1321,13 @@ class Run:
 
     def losses(self) -> dict:
         """The last update's, the only wait for the device. Raises FloatingPointError at a NaN, which is never saved."""
-        numbers = [self.totals, *self.agent.policy.parameters(), *self.agent.critics.parameters()]
-        if not all(x.isfinite().all() for x in numbers):
+        numbers = self.totals, *self.agent.policy.parameters(), *self.agent.critics.parameters()
+        finite = torch.stack([x.isfinite().all() for x in numbers]).all()
+        *losses, finite = torch.cat([self.latest, finite[None]]).tolist()
+        if not finite:
             good = f"{self.folder / 'checkpoint.pt'} is the last good checkpoint"
             raise FloatingPointError(f"a loss is NaN or infinite at or just before update {self.step}: {good}")
-        return dict(zip(METRICS, self.latest.tolist()))
+        return dict(zip(METRICS, losses))
 
     def due(self) -> bool:
         """Whether the policy of this step is to be evaluated and has not been."""
@@ -1378,9 +1373,11 @@ class Run:
     def describe(self):
         """Writes config.json, and says what is learned from and where."""
         args, task = self.args, self.task
-        packages = "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        versions |= dict(torch=torch.__version__, python=sys.version.split()[0])  # torch with its build, as +cu130
+        packages = "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari"
+        versions = dict(torch=torch.__version__, python=sys.version.split()[0])  # torch with its build, as +cu130
+        for name in packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the toy needs two of them
+                versions[name] = importlib.metadata.version(name)
         threads = torch.get_num_threads()
         device = f"CPU ({threads} thread{'s' * (threads > 1)})"
         if args.device.startswith("cuda"):
@@ -1453,7 +1450,8 @@ def train(args: Args) -> int:
         use_device(args)
         if args.compile:
             say("compiling, which takes half a minute or more")
-            try_compiler(args.device)
+            with refusing("torch.compile does not work here, and --no-compile does without it", Exception):
+                torch.compile(lambda x: x + 1)(torch.zeros(64, device=args.device))  # before the folder has a file
         with refusing("the networks and batches cannot be made: give smaller sizes", RuntimeError):
             run = Run(args, task, data, folder)
         if (folder / "checkpoint.pt").exists():
@@ -1470,7 +1468,7 @@ def train(args: Args) -> int:
                 result = evaluate(run.actor, envs, args.eval_episodes, args.seed, stops)
                 if result is not None:
                     row = run.record(result)
-                    log(writer, dict(score=row["score_mean"]), run.step)
+                    writer.add_scalar("score", row["score_mean"], run.step)
                     say(f"update {run.step}: {in_words(row)}")
             if stops or run.step == args.num_steps:
                 break
@@ -1481,7 +1479,8 @@ def train(args: Args) -> int:
             bar.update()
             if stops or run.due() or run.step % LOG_EVERY == 0:
                 losses = run.losses()
-                log(writer, {f"losses/{name}": value for name, value in losses.items()}, run.step)
+                for name, value in losses.items():
+                    writer.add_scalar(f"losses/{name}", value, run.step)
                 words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
                 bar.set_postfix_str(words)
                 now = time.monotonic()
@@ -1499,14 +1498,6 @@ def train(args: Args) -> int:
         return 0
     say("stopped within an update or an evaluation: --resume goes on from the checkpoint before it")
     return 128 + stops[0]
-
-
-def log(writer, values: dict, step: int):
-    """Values for TensorBoard, which never costs a run."""
-    with contextlib.suppress(OSError):
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
 
 
 def draw_curve(file, run: Run):
@@ -1610,7 +1601,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.device not in there:
             raise UserError(f"--device {args.device} is not there: PyTorch sees {', '.join(there)}")
         return evaluate_only(args) if args.eval_only else train(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines
         return 2
     except FloatingPointError as error:
