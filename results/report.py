@@ -137,7 +137,7 @@ def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> st
     if lines := against_cloning(rest):
         head = ["row", "data set", "settings", "updates", "ahead of cloning by", "seeds"]
         note = (
-            "Final scores, seed by seed. Both have the same episodes, but do not act alike: cloning by one plain sample, "
+            "Final scores, seed by seed. Both have the same episodes, but act differently: cloning by a plain sample, "
             "what learns with Q by the best of 50, unless `--eval-candidates` says otherwise. Mean difference with its "
             "95% interval, by Student's t over seeds, as if their number had been fixed beforehand, which on Hopper it "
             "was not ([looks.md](looks.md)); bold: the interval leaves out 0.\n"
