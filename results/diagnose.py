@@ -212,6 +212,7 @@ def diagnosis(folder: Path, out: Path) -> str:
     times = [[name, *line] for name, line in by_time(agent, data).items()]
     norms = [[name, f"{v:.4g}", f"{norm:.4g}"] for name, (v, norm) in terms.items()]
     name = without_home(task.dataset_id)
+    unseen = f"This policy was trained without the Q term at the times after {args.q_time}.\n"
     text = f"""# Diagnosis of {folder.name}
 
 `python results/diagnose.py runs/{folder.name}`, at update {step:,}. {args.env} on {name}:
@@ -223,7 +224,7 @@ The data: {len(rows):,} transitions, mean score of its episodes {task.score(task
 Eq. 12 takes a^0-hat of Eq. 8 at every time. {BATCHES} batches of {args.batch_size} rows, all diffused to the time of
 the column. Gradients are in the policy's weights. Norm: of one batch's gradient, mean over batches. Noise: the
 deviation of one batch's gradient from the mean one, divided by the norm of the latter.
-
+{unseen if args.q_time else ""}
 {table(["t", *range(1, agent.sde.num_steps + 1)], times)}
 
 ## Values against the data's return-to-go

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from figure1 import figure1, in_words
+from figure1 import figure1, in_words, mean_interval
 from matplotlib import pyplot as plt
 from pages import RESULTS, draw_band, save, table
 from runs import (
@@ -33,7 +33,6 @@ from runs import (
     read_records,
     read_runs,
 )
-from scipy.stats import t as student
 
 import erdp
 from erdp import UserError
@@ -138,8 +137,10 @@ def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> st
     if lines := against_cloning(rest):
         head = ["row", "data set", "settings", "updates", "ahead of cloning by", "seeds"]
         note = (
-            "Final scores, seed by seed: both play the same episodes. Mean difference with its 95% interval, "
-            "by Student's t over seeds; bold: the interval leaves out 0.\n"
+            "Final scores, seed by seed. Both have the same episodes, but act differently: cloning by a plain sample, "
+            "what learns with Q by the best of 50, unless `--eval-candidates` says otherwise. Mean difference with its "
+            "95% interval, by Student's t over seeds, as if their number had been fixed beforehand, which on Hopper it "
+            "was not ([looks.md](looks.md)); bold: the interval leaves out 0.\n"
         )
         text += ["## Learning with Q against cloning\n", note, table(head, lines) + "\n"]
         text += ["![The data sets on which cloning has two seeds or more](cloning.png)\n"] * ("cloning.png" in pictures)
@@ -167,9 +168,7 @@ def against_cloning(groups: list[Group]) -> list[list]:
         if n < 2 or alike(group) != alike(clone):
             continue
         gains = np.array([ours[seed] - theirs[seed] for seed in seeds])
-        gain = gains.mean()
-        reach = student.ppf(0.975, n - 1) * gains.std(ddof=1) / n**0.5
-        words = in_words(gain, (gain - reach, gain + reach), "+.1f")
+        words = in_words(gains.mean(), mean_interval(gains), "+.1f")
         steps = f"{group.runs[0].config['num_steps']:,}"
         lines.append([group.env, group.data, label(group.arm), steps, words, n])
     return lines

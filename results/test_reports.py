@@ -18,12 +18,14 @@ from pathlib import Path
 
 import diagnose
 import figure1
+import looks
 import numpy as np
 import pytest
 import report
 import runs
 import torch
 from pages import ROOT
+from scipy.stats import ttest_1samp
 
 import erdp
 
@@ -216,6 +218,26 @@ def test_report_the_published_pages_are_those_of_the_records(tmp_path):
         assert (tmp_path / page).read_text() == (runs.RESULTS / page).read_text(), f"{page}: python results/report.py"
 
 
+# ==== Looks at a comparison whose number of seeds was not fixed =======================================================
+
+
+def test_looks_one_look_is_students_test_and_more_looks_find_more():
+    gains = np.random.default_rng(0).normal(1, 2, (4, 6))
+    np.testing.assert_allclose(looks.p_value(gains), ttest_1samp(gains, 0, axis=1).pvalue, rtol=1e-9)
+    low, high = figure1.mean_interval(gains[0], 0.1)
+    expected = ttest_1samp(gains[0], 0).confidence_interval(0.9)
+    np.testing.assert_allclose((low, high), expected, rtol=1e-9)
+    rates = [(looks.least_p(*case, draws=1) < 0.05).mean() for case in [((6,),), ((6,), (6,), 1.0), ((6,), (6,), 0.0)]]
+    np.testing.assert_allclose(rates, [0.05, 0.05, 1 - 0.95**2], atol=2e-3)
+
+
+def test_looks_published_page_is_that_of_the_records():
+    scores = looks.scores(runs.group_runs(runs.read_records(runs.RECORDS)))
+    peers = [dict(peer="td3bc", data=1.0, score=1.0)]
+    made, page = looks.markdown(scores, peers, draws=1), (runs.RESULTS / "looks.md").read_text()
+    assert made.split("By simulation")[0] == page.split("By simulation")[0], "python results/looks.py"
+
+
 # ==== Figure 1 ========================================================================================================
 
 
@@ -229,8 +251,8 @@ def test_figure1_compares_seed_by_seed_and_chooses_the_share_by_the_rule(tmp_pat
                 record(tmp_path / f"{share}{name}{seed}", "toy", [1.0, float(final)], **settings)
     text = written(tmp_path, "figure1.md")
     pairs = {(line[0], line[1]): line[2:] for line in section(text, "Policies held against each other")}
-    gain, better, _ = pairs["10%", "ensemble against plain Q"]
-    assert gain == "**+2.2 [+2.0, +2.4]**" and better == "8 of 8"
+    gain, mean, p, better, _, each = pairs["10%", "ensemble against plain Q"]
+    assert gain == "**+2.2 [+2.0, +2.4]**" and better == "8 of 8" and each == ", ".join(["+2"] * 8)
     assert not pairs["10%", "both against plain Q"][0].startswith("**") and len(pairs) == 9
     values = np.sort(60 + noise)
     lines = section(text, "Every policy at every share")
