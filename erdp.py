@@ -288,6 +288,16 @@ def choose_action(actions, value, u):
     return actions.take_along_dim(chosen[..., None], 1).squeeze(1)
 
 
+def act(policy, critics, sde, state, noise, u, args: Args):
+    """Actions (N, A) for states (N, S): of C samples each, from noise (T, N, C, A), `choose_action`'s by u (N, 1)."""
+    state = state[:, None].expand(-1, noise.shape[2], -1)  # (N, C, S)
+    actions = sample_actions(policy, sde, state, noise, args.clip_denoised)  # (N, C, A)
+    if actions.shape[1] == 1:
+        return actions[:, 0]
+    value = pessimistic_value(critics(state, actions), args)  # (N, C)
+    return choose_action(actions, value, u)
+
+
 # ==== 5. Losses, in the paper's order: Eq. 5, 12-15, 16, 17 ===========================================================
 
 
@@ -1089,13 +1099,10 @@ class Actor:
         streams = generator if isinstance(generator, list) else [generator] * len(state)
         noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
         noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
+        u = [[stream.random() if C > 1 else 0.0] for stream in streams]
+        u = torch.tensor(u, dtype=torch.float64, device=device)
         state = torch.as_tensor(state, device=device)
-        state = state[:, None].expand(-1, C, -1)  # (N, C, S)
-        action = sample_actions(agent.policy, agent.sde, state, noise, args.clip_denoised)  # (N, C, A)
-        if C > 1:
-            value = pessimistic_value(agent.critics_target(state, action), args)  # (N, C)
-            u = [[stream.random()] for stream in streams]
-            action = choose_action(action, value, torch.tensor(u, dtype=torch.float64, device=device))
+        action = agent.compiled(act)(agent.policy, agent.critics_target, agent.sde, state, noise, u, args)  # (N, A)
         action = action.double().cpu().numpy().reshape(-1, *self.low.shape)
         low, high = self.low.astype(float), self.high.astype(float)
         action = low + (action + 1) / 2 * (high - low)
@@ -1170,7 +1177,7 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
     """Plays `episodes` episodes: their return, success (NaN where the environment has none), length; None if stopped.
 
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
-    nor anything in training changes the result.
+    nor anything in training changes the result (but for rounding, where acting is compiled).
     """
     K = envs.num_envs
     played = []
@@ -1186,8 +1193,8 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
             while alive.any():
                 if stops:  # which a signal fills
                     return None
-                theirs = [streams[k] for k in np.flatnonzero(alive)]
-                actions[alive] = actor(state[alive], theirs)
+                who = np.flatnonzero(alive | actor.agent.args.compile)  # compiled for one number of states: all
+                actions[who] = actor(state[who], [streams[k] for k in who])
                 state, _, _, _, info = envs.step(actions)
                 bar.update(int((alive & info["ended"]).sum()))
                 alive &= ~info["ended"]
@@ -1254,11 +1261,11 @@ def load_file(path) -> dict:
         return saved | dict(args=Args(**saved["args"]), task=Task(**saved["task"]))
 
 
-def load_policy(path, device="cpu", candidates: int | None = None) -> Actor:
+def load_policy(path, device="cpu", candidates: int | None = None, compile: bool = False) -> Actor:
     """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
     saved = load_file(path)
     args, task = saved["args"], saved["task"]
-    args = dataclasses.replace(args, compile=False, eval_candidates=candidates or args.eval_candidates)
+    args = dataclasses.replace(args, compile=compile, eval_candidates=candidates or args.eval_candidates)
     with refusing(f"{path} is damaged", RuntimeError, KeyError, TypeError):
         agent = Agent(size(task.layout), np.size(task.low), args, device)
         for part in ACTING:
@@ -1586,7 +1593,7 @@ def evaluate_only(args: Args) -> int:
             raise UserError(f"--eval-env {args.eval_env} has other observations or actions than the policy")
     with playing(task, args.eval_episodes) as envs:
         use_device(args)
-        actor = load_policy(path, args.device, args.eval_candidates)
+        actor = load_policy(path, args.device, args.eval_candidates, args.compile)
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
     return 0
