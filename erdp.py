@@ -18,6 +18,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -851,20 +852,21 @@ def read_data(args: Args):
         return toy_episodes(args.seed, int(share[1]) / 100)
     if name.endswith(HDF5):
         return hdf5_episodes(Path(name).expanduser() if args.dataset else fetch_d4rl(name))
+    if not re.search(r"-v\d+$", name):
+        raise ValueError("it is no .hdf5 file, nor a Minari id with its version, such as D4RL/pen/human-v2")
     import minari
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
     folder = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".erdp.lock") if os.access(folder, os.W_OK) else contextlib.nullcontext()
     with lock:  # of many that start at once, one downloads and the others wait
-        try:
+        problem = f"{name} is in {folder}, but damaged or cut off: delete it there"
+        if not (folder / name).exists():
+            say(f"{name} is not in {folder}: looking for it on Minari's server")
+            problem = f"{name} cannot be downloaded; {folder} has {', '.join(minari.list_local_datasets()) or 'no set'}"
+        with refusing(problem, Exception):
             return minari.load_dataset(name, download=True)
-        except Exception as error:  # of Minari, of its server, or of a damaged set
-            there = ", ".join(minari.list_local_datasets()) or "no set"
-            advice = f"an id has a version, as in D4RL/pen/human-v2; {folder} has {there}"
-            if (folder / name).exists():
-                advice = f"if it was not downloaded whole, delete {folder / name}"
-            raise ValueError(f"{error or type(error).__name__}; {advice}") from error
 
 
 def fetch_d4rl(name: str) -> Path:
@@ -876,7 +878,8 @@ def fetch_d4rl(name: str) -> Path:
     pooch.get_logger().setLevel("WARNING")
     source = pooch.HTTPDownloader(progressbar=True, timeout=20)
     with filelock.FileLock(folder / f".{name}.lock"):
-        return Path(pooch.retrieve(D4RL_SERVER + name, None, name, folder, downloader=source))
+        with refusing(f"{name} cannot be downloaded, fetch it by hand and save it in {folder}", Exception):
+            return Path(pooch.retrieve(D4RL_SERVER + name, None, name, folder, downloader=source))
 
 
 def register_robots():
