@@ -239,8 +239,10 @@ class QEnsemble(nn.Module):
         sizes = [state_dim + action_dim, hidden, hidden, hidden, 1]
         self.weights = nn.ParameterList(torch.empty(num_critics, *size) for size in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(torch.full((num_critics, 1, size), 0.1) for size in sizes[1:])
+        # Hidden weights in ±1/16 at the paper's width, those of the first layer too: the released code at 145390c935,
+        # agents/model.py:25-26 and 62-67, takes the number of outputs for the number of inputs.
         for weight in self.weights[:-1]:
-            nn.init.uniform_(weight, -(hidden**-0.5), hidden**-0.5)  # the first too: 1/16 at the paper's width
+            nn.init.uniform_(weight, -(hidden**-0.5), hidden**-0.5)
         for last in (self.weights[-1], self.biases[-1]):
             nn.init.uniform_(last, -3e-3, 3e-3)
 
@@ -327,7 +329,10 @@ def noise_loss(sde, x_0, x_t, t, eps, eps_hat):
 
 
 def likelihood_loss(sde, x_0, x_t, t, eps, eps_hat):
-    """Table 4's (IR-SDE's): an Euler step of Eq. 3's drift, which is not the posterior mean, against that mean."""
+    """Table 4's: an Euler step of Eq. 3's drift, which is not the posterior mean, against that mean.
+
+    IR-SDE at 2598d73cde, codes/utils/sde_utils.py:41 and 196; the released code at 145390c935, agents/diffusion.py:75.
+    """
     optimal, _ = sde.posterior(x_t, x_0, t)  # Eq. 40
     score = -eps_hat / sde.transition(0, t)[1].sqrt()  # Eq. 30
     return F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)
@@ -361,7 +366,7 @@ def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
     return likelihood + prior - evidence
 
 
-DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn, in nats an action dimension: see results/entropy.md
+DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn: chosen on the toy with 20% of good steps (entropy.md)
 GAUSSIAN_WITHIN = 0.01  # nats an action dimension: nearer to a standard Gaussian, x_t counts as one
 
 
@@ -387,7 +392,8 @@ def entropy_estimate(sde, eps_hat, t):
     has the term of its t times T, so that the mean over t is the sum.
 
     It is taken at noised *data* actions: of the data p's own predictor it is p's entropy (too large on a coarse grid).
-    Of a policy q that has moved away it is, where both are Gaussian, 2 H(q) - CE(p, q), which also pulls q back.
+    Of a policy q that has moved away it is 2 H(q) - CE(p, q) if both are Gaussian (and not exactly that of others),
+    which also pulls q back.
     """
     A = eps_hat.shape[-1]
     _, var = sde.transition(0, t)  # (B, 1)
