@@ -53,7 +53,7 @@ class Start:
     variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
     seed: int = 0  # seeds weights, batches, noise, evaluation and the toy's data
     device: str = "cpu"  # cpu, cuda or cuda:N
-    run_dir: str | None = None  # the run's folder (default: runs/<env or data set>__<variant>__<seed>)
+    run_dir: str | None = None  # the run's folder (None: runs/<env or data set>__<variant>__<seed>)
     resume: bool = False  # go on from the run folder's checkpoint
     eval_only: str | None = None  # a policy.pt or checkpoint.pt to be evaluated; nothing is trained or written
 
@@ -72,7 +72,7 @@ class Args(Start):
     lcb_coef: float = 4.0  # beta of Eq. 17
     pessimism: Pessimism = "lcb"  # lcb: Eq. 17, with independent targets; min: clipped double Q, with a shared target
     max_q_backup: bool = False  # whether a target takes the best of 10 next actions
-    critic_lr: float = 3e-4  # learning rate of the critics, the same in every domain
+    critic_lr: float = 3e-4  # learning rate of the critics, the same in every domain of the paper
     target_rate: float = 0.005  # at which Q's targets follow ("eta" in Algorithm 1, which is not the eta of Eq. 12)
     # policy
     num_diffusion_steps: int = 5  # T
@@ -1596,8 +1596,9 @@ def evaluate_only(args: Args) -> int:
         register_robots()
     if args.eval_env != saved["args"].eval_env:
         with refusing(f"--eval-env {args.eval_env} cannot be used"), make_env(args) as env:
-            about = describe_env(env, DOMAINS[task.domain].part)
-            task.spec = as_json(env.spec)
+            about, spec = describe_env(env, DOMAINS[task.domain].part), env.spec
+            spec.max_episode_steps = spec.max_episode_steps or json.loads(task.spec)["max_episode_steps"]
+            task.spec = as_json(spec)
         if about != {name: getattr(task, name) for name in about}:
             raise UserError(f"--eval-env {args.eval_env} has other observations or actions than the policy")
     with playing(task, args.eval_episodes) as envs:
