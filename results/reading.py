@@ -13,6 +13,7 @@ looks like a list or a heading, so that Markdown leaves it alone.
 import argparse
 import ast
 import functools
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -27,8 +28,8 @@ PAGE = r"""
 Each equation of [the paper](https://arxiv.org/abs/2402.04080), typeset anew: what it says, what the code decides where
 the paper leaves it open, the code, and the tests that hold it against something else. Where the paper prints an
 equation differently, that is said below it; only its `:=` is `=` throughout. "The released code" is what the paper's
-authors published. Eq. 9 and 11 are special cases, named where they belong; Eq. 18 to 27, 29 and 31 to 39 repeat or
-prove the others, and have no code of their own.
+authors published. Eq. 9 and 11 are named where they belong; Eq. 18 to 27, 29 and 31 to 39 repeat or prove the others,
+and have no code of their own.
 
 The source is taken from [`erdp.py`](../erdp.py) by [`reading.py`](reading.py). The tests are in
 [`test_erdp.py`](../test_erdp.py); to run one, type `pytest -k NAME`.
@@ -41,7 +42,7 @@ The source is taken from [`erdp.py`](../erdp.py) by [`reading.py`](reading.py). 
 | `theta_bar[t]` | $`\bar{\theta}_t = \bar{\theta}_{0:t}`$, the integral of $`\theta`$ from 0 to $`t`$ |
 | `between(tau, t)`, `between(t - 1, t)` | $`\bar{\theta}_{\tau:t}`$, $`\theta'_t`$ |
 | `decay(tau, t)`, `var(tau, t)` | $`e^{-\bar{\theta}_{\tau:t}}`$, $`1 - e^{-2\bar{\theta}_{\tau:t}}`$ |
-| `eps`, `eps_hat` | $`\boldsymbol{\epsilon}_t, \boldsymbol{\epsilon}_\phi(\boldsymbol{x}_t, t)`$, of the state too |
+| `eps`, `eps_hat` | $`\boldsymbol{\epsilon}_t, \boldsymbol{\epsilon}_\phi(\boldsymbol{x}_t, t)`$, with the state |
 | `policy`, `policy_ema` | the networks $`\boldsymbol{\epsilon}_\phi`$ of $`\pi_\phi`$ and $`\pi_{\bar{\phi}}`$ |
 | `critics`, `critics_target` | all $`Q_{\psi^m}`$ and all $`Q_{\bar{\psi}^m}`$, $`m = 1, \dots, M`$ |
 | `state`, `action`, `reward`, `next_state` | $`\boldsymbol{s}_i, \boldsymbol{a}_i, r_i, \boldsymbol{s}_{i+1}`$ |
@@ -78,7 +79,8 @@ code: cosine
 code: SCHEDULES
 code: MeanRevertingSDE
 
-- `test_theta_schedules_follow_their_formulas` holds the integrals against each schedule's formula, summed term by term.
+- `test_eq01_theta_has_its_schedules_formula_and_its_integral` holds the integrals against each schedule's formula,
+  summed term by term.
 - `test_sde_coefficients_are_computed_in_float64_and_rounded` holds every coefficient in float32 against float64.
 
 ### Eq. 2
@@ -100,8 +102,10 @@ code: MeanRevertingSDE.var
 code: MeanRevertingSDE.transition
 code: MeanRevertingSDE.log_prob
 
-- `test_eq2_has_the_moments_and_law_of_the_simulated_sde` holds it against simulated paths of Eq. 1.
-- `test_eq2_log_prob_equals_scipy` holds the log-density against SciPy's.
+- `test_eq02_has_the_moments_and_the_law_of_simulated_paths_of_eq01` holds it against simulated paths of Eq. 1.
+- `test_eq02_transitions_from_0_to_tau_to_t_compose_by_chapman_and_kolmogorov` holds two transitions in a row against
+  one over both spans.
+- `test_eq02_log_density_is_scipys` holds the log-density against SciPy's.
 
 ### Eq. 3
 
@@ -126,7 +130,7 @@ Only the likelihood loss of [Table 4](#table-4) and Figure 2 take such steps: ac
 
 code: MeanRevertingSDE.reverse_sde_step
 
-- `test_eq3_one_step_keeps_the_sdes_own_law_to_second_order_in_the_step` holds the law after a step, with the exact
+- `test_eq03_one_step_keeps_the_sdes_own_law_to_second_order_in_the_step` holds the law after a step, with the exact
   score of Gaussian data, against that of Eq. 1: half the step has a quarter of the error.
 
 ### Eq. 4
@@ -143,8 +147,8 @@ This is Eq. 2 from time 0, written as a function of standard Gaussian noise.
 
 code: MeanRevertingSDE.diffuse
 
-- `test_eq4_and_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation` holds it, together with the score
-  of Eq. 28, against Eq. 30.
+- `test_eq04_is_the_mean_of_eq02_and_its_deviation_times_the_noise` holds it against the mean and deviation of Eq. 2,
+  from the schedule's formula.
 
 ### Eq. 5
 
@@ -162,8 +166,8 @@ $`\alpha`$ weigh A times as much against it.
 
 code: noise_loss
 
-- `test_eq5_has_no_expected_gradient_at_the_posterior_mean_of_the_noise` holds the place of its minimum against the mean
-  noise given $`\boldsymbol{x}_t`$, which is known for Gaussian data.
+- `test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07` holds it against a second
+  one, written from the paper.
 
 ## Section 3.1: optimal sampling
 
@@ -176,12 +180,14 @@ p(\boldsymbol{x}_{t-1} \mid \boldsymbol{x}_t, \boldsymbol{x}_0) = \mathcal{N}\le
 \tilde{\mu}_t(\boldsymbol{x}_t, \boldsymbol{x}_0), \tilde{\beta}_t \boldsymbol{I}\right)
 $$
 
-Whoever knows where the path began needs no small steps: the law of the state before is a Gaussian (Proposition 3.1).
-The appendix prints it again as Eq. 32, with $`\hat{\beta}_t`$ for $`\tilde{\beta}_t`$. The sampler draws from it so:
+Given where a path began and where it is, the state one step before is Gaussian, however long the step (Proposition
+3.1). The appendix prints it again as Eq. 32, with $`\hat{\beta}_t`$ for $`\tilde{\beta}_t`$. The sampler draws from it
+so:
 
 code: sample_actions | # Eq. 7 | # Eq. 6
 
-- `test_eq6_and_eq7_are_the_law_of_simulated_states_before_x_t_and_after_x_0` holds it against simulated paths of Eq. 1.
+- `test_eq06_and_eq07_are_the_law_of_simulated_states_before_x_t_and_after_x_0` holds it against simulated paths of
+  Eq. 1.
 
 ### Eq. 7
 
@@ -203,8 +209,8 @@ The appendix prints it again as Eq. 33, with $`\theta_t`$ for $`\theta'_t`$ in t
 
 code: MeanRevertingSDE.posterior
 
-- `test_eq7_posterior_matches_bayes_rule` holds it against Bayes' rule, Eq. 34, on SciPy's densities.
-- `test_eq7_last_step_returns_x0_without_noise` holds the step at t = 1 against $`\boldsymbol{x}_0`$, to the bit.
+- `test_eq07_posterior_is_bayes_rule` holds it against Bayes' rule, Eq. 34, on SciPy's densities.
+- `test_eq07_last_step_returns_x_0_without_noise` holds the step at t = 1 against $`\boldsymbol{x}_0`$, to the bit.
 
 ### Eq. 8
 
@@ -221,8 +227,7 @@ Table 4's action clip sets a bound to it.
 
 code: MeanRevertingSDE.predict_x0
 
-- `test_eq8_of_the_mean_noise_is_the_mean_of_x_0_given_a_simulated_x_t` holds it against simulated paths of Eq. 1.
-- `test_eq8_inverts_eq4` holds it against the $`\boldsymbol{x}_0`$ that Eq. 4 noised.
+- `test_eq08_inverts_eq04` holds it against the $`\boldsymbol{x}_0`$ that Eq. 4 noised.
 
 ### Eq. 10
 
@@ -239,10 +244,10 @@ clamp $`\hat{\boldsymbol{x}}_0`$ in each step, but not $`\boldsymbol{x}_t`$; a f
 
 code: sample_actions
 
-- `test_eq10_sampler_follows_eq8_eq7_and_eq6_step_by_step` holds it against a second one, written from the paper.
+- `test_eq10_sampler_follows_eq08_eq07_and_eq06_step_by_step` holds it against a second one, written from the paper.
 - `test_eq10_samples_approach_a_mixture_as_the_steps_grow` holds its samples, with the exact noise of a mixture of
   Gaussians, against that mixture.
-- `test_figure2_optimal_sampling_reconstructs_x0_exactly_at_every_t` holds its result with the true noise against
+- `test_figure2_optimal_sampling_reconstructs_x_0_exactly_at_every_t` holds its result with the true noise against
   $`\boldsymbol{x}_0`$.
 
 ## Section 3.2: the policy with entropy regularization
@@ -287,8 +292,8 @@ The last step of the sampler adds no noise, so that $`\boldsymbol{a}_i^0`$ is a 
 $`\mathcal{C}`$ the logarithm of that function's volume change: a constant for a Gaussian policy, but not for a mixture.
 The code leaves it out. How $`\hat{\boldsymbol{a}}_i^1`$ is computed is open: Section 3.2 says by Eq. 2, Algorithm 1
 by Eq. 8. We take Eq. 4 at t = 1, of $`\hat{\boldsymbol{a}}_i^0`$ and the predicted noise, the only reading of Eq. 2
-that gives the term a gradient worth the name. `--variant released` does as the released code, which takes an Euler step
-of the drift and then exchanges the earlier and the later state in each density, at times 1, 2 and T.
+with which the term has more than a vanishing gradient. `--variant released` does as the released code, which takes an
+Euler step of the drift and then exchanges the earlier and the later state in each density, at times 1, 2 and T.
 
 code: policy_log_prob
 
@@ -312,7 +317,7 @@ paper does not print. As $`\boldsymbol{a}_i^T`$ we take fresh standard Gaussian 
 
 code: MeanRevertingSDE.log_prob_x1
 
-- `test_eq14_equals_the_joint_gaussians_conditional_density` holds it against SciPy's joint density of both states.
+- `test_eq14_is_the_joint_gaussians_conditional_density` holds it against SciPy's joint density of both states.
 
 ### Eq. 15
 
@@ -332,9 +337,9 @@ is: the released code divides the term by its own size, outside the bracket that
 code: VARIANTS
 code: policy_loss
 
-- `test_eq15_policy_loss_equals_a_literal_one` holds value and gradient, for all variants and losses, against a second
-  one, written term by term.
-- `test_eq15_gradient_equals_finite_differences` holds the gradient against finite differences of that second one.
+- `test_eq15_policy_loss_and_its_gradient_equal_literal_ones` holds value and gradient, for all variants and losses,
+  against a second one, written term by term.
+- `test_eq15_gradient_equals_finite_differences` holds the gradient against finite differences of the loss.
 - `test_eq15_gradients_flow_into_the_policy_alone` sees that no gradient reaches the weights of Q, or passes by
   $`\lambda`$.
 
@@ -385,64 +390,64 @@ code: minimum
 code: PESSIMISM
 code: pessimistic_value
 
-- `test_eq17_has_the_means_gradient_where_members_agree` holds value and gradient against NumPy's mean and deviation and
-  their finite differences, and where members agree against the mean's.
-- `test_eq15_policy_loss_equals_a_literal_one` holds both kinds of pessimism against loops over the members.
+- `test_eq17_is_the_mean_less_beta_deviations` holds it, and the minimum, against NumPy's.
+- `test_eq17_has_the_means_gradient_where_members_agree` holds the gradient against the mean's where members agree, and
+  against finite differences elsewhere.
 
 ### Algorithm 1
 
 **One update, line by line.**
 
-*Initialise* $`\pi_\phi, \pi_{\bar{\phi}}, Q_{\psi^m}, Q_{\bar{\psi}^m}`$ for $`m = 1, \dots, M`$. The targets begin as
-copies.
+*The beginning*: networks for $`\pi_\phi`$ and $`Q_{\psi^m}`$, $`m = 1, \dots, M`$. Those of $`\pi_{\bar{\phi}}`$ and
+$`Q_{\bar{\psi}^m}`$ begin as copies.
 
 code: Agent
 
-*Sample a mini-batch* $`(\boldsymbol{s}_i, \boldsymbol{a}_i, r_i, \boldsymbol{s}_{i+1})`$ from $`\mathcal{D}`$. The
-program draws it, with all that is random in the update, so that an update is a function of its arguments.
+*A batch* $`(\boldsymbol{s}_i, \boldsymbol{a}_i, r_i, \boldsymbol{s}_{i+1})`$ from $`\mathcal{D}`$: the program draws
+it, and with it all that is random in an update, so that an update is a function of its arguments.
 
 code: Batch
 code: Noise
 code: update | def update | args, sde =
 
-*Ensemble-Q learning: generate*
-$`\boldsymbol{a}_{i+1}^0 \sim \pi_{\bar{\phi}}(\boldsymbol{a}_{i+1} \mid \boldsymbol{s}_{i+1})`$ *with Eq. 6 and 8.*
-The paper prints $`\boldsymbol{s}_i`$ for $`\boldsymbol{s}_{i+1}`$.
+*The next actions* $`\boldsymbol{a}_{i+1}^0 \sim \pi_{\bar{\phi}}(\cdot \mid \boldsymbol{s}_{i+1})`$, by Eq. 6 and 8.
+The paper prints $`\boldsymbol{s}_i`$ for $`\boldsymbol{s}_{i+1}`$, and $`\boldsymbol{a}_{i+1}`$ for the dot.
 
 code: update | # Ensemble-Q learning | next_action =
 
-*Update the Q-networks by Eq. 16.* The gradient of the whole ensemble is clipped as one vector, at Table 4's norm.
+*The critics* take a step on Eq. 16. The gradient of the whole ensemble is clipped as one vector, at Table 4's norm.
 
 code: update | critic = | optimizer_step(critic
 code: optimizer_step
 
-*Diffusion policy learning: sample* $`\boldsymbol{a}_i^t`$ *from* $`\boldsymbol{a}_i`$ *with Eq. 4, predict the noise,
-and approximate* $`\boldsymbol{a}_i^0`$ *and* $`\boldsymbol{a}_i^1`$ *with Eq. 8.* Each row has one time t. For
-$`\boldsymbol{a}_i^1`$ see [Eq. 13](#eq-13).
+*Noised actions* $`\boldsymbol{a}_i^t`$ come from $`\boldsymbol{a}_i`$ by Eq. 4, one time t for each row. The noise that
+the policy predicts in them gives $`\hat{\boldsymbol{a}}_i^0`$, by Eq. 8, and $`\hat{\boldsymbol{a}}_i^1`$, as said at
+[Eq. 13](#eq-13). The paper prints both without their hats.
 
 code: policy_loss | x_t = | a_0 =
 
-*Update the policy by Eq. 15, with Q from Eq. 17.* It is the Q that this step has updated.
+*The policy* takes a step on Eq. 15, with the Q of Eq. 17 that this update has changed already.
 
 code: update | # Diffusion policy learning | optimizer_step(policy
 
-*Update the target networks:* $`\bar{\phi} \leftarrow \eta \phi + (1 - \eta) \bar{\phi}`$ *and*
-$`\bar{\psi}^m \leftarrow \eta \psi^m + (1 - \eta) \bar{\psi}^m`$. This $`\eta`$, 0.005, is not that of Eq. 12.
-The paper moves both in every iteration; as in the released code $`\bar{\phi}`$ moves every 5 updates, from update
-1,000 on.
+*The targets* follow: $`\bar{\phi} \leftarrow \eta \phi + (1 - \eta) \bar{\phi}`$ and
+$`\bar{\psi}^m \leftarrow \eta \psi^m + (1 - \eta) \bar{\psi}^m`$. This $`\eta`$, 0.005, is not that of Eq. 12. The
+paper moves both in every iteration; as in the released code $`\bar{\phi}`$ moves every 5 updates, from update 1,000 on.
 
 code: update | # Target networks | agent.updates +=
 code: soft_update
 
-*End.* What was measured goes to the program.
+*The end*: what was measured goes to the program.
 
-code: update | measured = | return
 code: METRICS
+code: update | measured = | return
 
 - `test_algorithm1_updates_equal_literal_ones` holds weights, optimisers and metrics after each update against a second
   Algorithm 1, written from the paper in loops.
+- `test_algorithm1_moves_the_ema_policy_at_multiples_of_ema_every_from_ema_start_on` holds the updates that move
+  $`\bar{\phi}`$ against those of the released code.
 - `test_algorithm1_agent_has_the_papers_networks_and_optimisers` holds a new agent against Section 4.1 and Table 4.
-- `test_algorithm1_draws_rows_times_and_gaussians_of_their_laws` holds what is random against its laws.
+- `test_algorithm1_draws_times_and_gaussians_of_their_laws` holds what is random against its laws.
 
 ## Section 4.1: the experiments
 
@@ -460,7 +465,7 @@ released code: the discount, the learning rate of the critics, the rates of the 
 code: Start
 code: Args
 
-- `test_table4_defaults_in_signatures_are_the_papers` holds the defaults against Section 4.1.
+- `test_table_4_defaults_in_signatures_are_the_papers` holds the defaults against Section 4.1.
 
 ### Networks
 
@@ -499,8 +504,12 @@ confidence bound of the *target* ensemble. So does the program, which passes `cr
 code: choose_action
 code: act
 
-- `test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value` holds the shares of five candidates against
-  SciPy's softmax of their values.
+- `test_section_4_1_acts_by_softmax_over_the_candidates_values` holds the shares of four candidates against SciPy's
+  softmax of their values.
+- `test_section_4_1_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it` holds the choice at the
+  edges of the shares against their sums.
+- `test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value` holds the same for all of the way from states to
+  actions, with Eq. 17 by NumPy.
 - `test_actors_samples_are_those_of_eq10_by_the_policy_clipped_as_in_training` holds a single sample against the second
   sampler of Eq. 10.
 
@@ -531,12 +540,12 @@ $$
 -\frac{\boldsymbol{\epsilon}_t}{\sqrt{1 - e^{-2\bar{\theta}_t}}}
 $$
 
-A network that predicts the noise predicts the score, which is where the likelihood loss needs it. The paper prints the
-left side as in Eq. 28, without its closing bracket.
+So a network that predicts the noise predicts the score as well, and the likelihood loss uses it for that. The paper
+prints the left side as in Eq. 28, without its closing bracket.
 
 code: likelihood_loss | # Eq. 30 | # Eq. 30
 
-- `test_eq4_and_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation` holds it against Eq. 28 of Eq. 4.
+- `test_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation` holds it against Eq. 28.
 
 ## Appendix A.3: the optimal reverse path
 
@@ -557,8 +566,8 @@ first is $`(1 - e^{-2\theta'_t})(1 - e^{-2\bar{\theta}_{t-1}})`$, the second $`1
 
 code: likelihood_loss | # Eq. 40 | # Eq. 40
 
-- `test_a3_posterior_mean_is_the_optimal_reverse_path` holds the mean against the minimum of Eq. 37, whose cost is made
-  of SciPy's densities.
+- `test_eq38_posterior_mean_is_the_optimal_reverse_path` holds the mean against the minimum of Eq. 37, whose cost is
+  made of SciPy's densities.
 
 ## Appendix B.1: the loss types
 
@@ -593,9 +602,10 @@ code: posterior_loss
 code: LOSSES
 code: DOMAINS
 
-- `test_eq15_policy_loss_equals_a_literal_one` holds each of the three against a second one, written term by term.
-- `test_posterior_loss_has_the_true_noise_as_its_minimiser` holds the third against the weighted error of the noise.
-- `test_table4_and_the_rows_of_tables_1_and_2_are_the_papers` holds every row's settings against the paper's tables.
+- `test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07` holds each of the three
+  against a second one, written term by term.
+- `test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser` holds the third against a weighted error of the noise.
+- `test_table_4_is_the_preset_of_every_row` holds every row's settings against the paper's tables.
 
 ## Not in the paper
 
@@ -688,7 +698,7 @@ def lines_of(spec: str, source: str) -> list[int]:
 
 
 def excerpt(specs: list[str], source: str) -> str:
-    """Lines `code:` of PAGE that follow each other as one block of code, below its names."""
+    """Lines `code:` of PAGE as one block of code, below its names."""
     lines, blocks = source.splitlines(), []
     for spec in specs:
         block = textwrap.dedent("\n".join(lines[n] for n in lines_of(spec, source))).strip()
@@ -699,9 +709,13 @@ def excerpt(specs: list[str], source: str) -> str:
 
 
 def markdown(source: str) -> str:
-    """The page, with the code of `source`."""
-    text = re.sub("(^code: .+\n)+", lambda match: excerpt(codes(match[0]), source), PAGE.lstrip(), flags=re.M)
-    return text.replace("\nINDEX\n", f"\n{index()}\n")
+    """The page, with the code of `source`: whole definitions that follow each other are one block."""
+
+    def blocks(match):
+        groups = itertools.groupby(codes(match[0]), key=lambda spec: spec if " | " in spec else "")
+        return "\n".join(excerpt(list(specs), source) for _, specs in groups)
+
+    return re.sub("(^code: .+\n)+", blocks, PAGE.lstrip(), flags=re.M).replace("\nINDEX\n", f"\n{index()}\n")
 
 
 def index(page: str = "") -> str:
