@@ -281,7 +281,7 @@ def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_
 
 
 def choose_action(actions, value, u):
-    """Section 4.1's way to act: of C sampled actions one, drawn by softmax over their pessimistic values.
+    """The released code's way to act, of which the paper says nothing: of C samples one, by softmax over their values.
 
     actions (N, C, A), value (N, C), u (N, 1) uniform on [0, 1) in float64 -> (N, A).
     """
