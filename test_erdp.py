@@ -1,4 +1,7 @@
-"""The proof of erdp.py: one test or more for every equation, table and claim, in the paper's order.
+"""pytest -m paper --collect-only -q    # the page of claims: what is proved of the paper, in its order
+
+Each line of that list is a claim about the paper that erdp.py is held to: its equations and schedules, the networks,
+Figure 2, Algorithm 1, Tables 1, 2 and 4, and what here goes beyond it. The other tests are of the program around it.
 
 Expectations never come from the code under test. They are SciPy's densities, simulations of the SDE, Bayes' rule,
 finite differences, closed forms, or a slow second implementation written here, term by term from the paper (the
@@ -12,7 +15,7 @@ which error it `sees`, and fails if it could miss such an error for more than on
 
     pytest                           # everything
     pytest -m "not slow"             # the quick part, which alone catches a wrong equation
-    pytest -v -k "eq or algorithm1"  # the paper's claims, one a line
+    pytest -m paper                  # the claims
 """
 
 import contextlib
@@ -37,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, get_args
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import gymnasium as gym
 import h5py
@@ -132,11 +135,19 @@ def assert_uniform(claim: str, counts, K, sees, comparisons=1):
     assert_counts(claim, counts, np.full(K, 1 / K), others / K, comparisons)
 
 
-def own(formulas: dict, name: str):
+def own(table: str, name: str):
     """This file's own formula for an option that erdp.py offers."""
-    there = ", ".join(map(repr, formulas))
-    assert name in formulas, f"erdp.py offers {name!r}, the formulas here are of {there}: add one of its own to them"
+    formulas = globals()[table]
+    advice = f"add an independent formula of it to {table}, which has {', '.join(formulas)}"
+    assert name in formulas, f"erdp.py offers {name!r}: {advice}"
     return formulas[name]
+
+
+def test_every_option_that_erdp_offers_has_an_independent_formula_here():
+    for table in ("SCHEDULES", "LOSSES", "VARIANTS", "PESSIMISM"):
+        for name in getattr(erdp, table):
+            own(f"LITERAL_{table}", name)
+    members_of(QEnsemble(1, 1, 1, 1))  # whose message says what a new critic wants
 
 
 def literal_cosine(k, T):
@@ -157,7 +168,7 @@ LITERAL_SCHEDULES = dict(
 @functools.cache
 def literal_theta(schedule: str, T: int):
     """theta'_t and theta_bar_t over t = 0..T, term by term."""
-    steps = [own(LITERAL_SCHEDULES, schedule)(k, T) for k in range(1, T + 1)]
+    steps = [own("LITERAL_SCHEDULES", schedule)(k, T) for k in range(1, T + 1)]
     prime = [0.0] + [step * math.log(1000) / math.fsum(steps) for step in steps]
     return np.array(prime), np.array([math.fsum(prime[: t + 1]) for t in range(T + 1)])
 
@@ -224,9 +235,9 @@ def analytic_predictor(bar, weights=WEIGHTS, means=MEANS, widths=WIDTHS):
     return network
 
 
-# ==== Eq. 1-2: the SDE and its transitions ============================================================================
+# ==== Eq. 1 and 2: the SDE and its transitions ========================================================================
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES))
-def test_theta_schedules_follow_their_formulas(T, schedule):
+def test_eq01_theta_has_its_schedules_formula_and_its_integral(T, schedule):
     sde, (prime, bar) = sde64(T, schedule), literal_theta(schedule, T)
     assert sde.num_steps == T and sde.theta_bar.dtype == torch.float64
     agree(f"theta_bar of {schedule}", sde.theta_bar, bar, atol=0)
@@ -242,15 +253,23 @@ def simulated(x, schedule, T, tau, t, seed=1, substeps=100):
     return x
 
 
-@pytest.mark.parametrize("schedule, T, tau, t", [("cosine", 5, 1, 4), ("linear", 8, 0, 5)], ids=["cosine", "linear"])
-def test_eq2_has_the_moments_and_law_of_the_simulated_sde(schedule, T, tau, t):
-    x_t = simulated(np.full(100_000, -1.7), schedule, T, tau, t)
-    decay, var = (float(c) for c in sde64(T, schedule).transition(tau, t))
-    assert_gaussian("Eq. 1: paths", x_t, decay * -1.7, math.sqrt(var), sees=0.035)
+def test_eq02_has_the_moments_and_the_law_of_simulated_paths_of_eq01():
+    for schedule, T, tau, t in (("cosine", 5, 1, 4), ("linear", 8, 0, 5)):
+        x_t = simulated(np.full(100_000, -1.7), schedule, T, tau, t)
+        decay, var = (float(c) for c in sde64(T, schedule).transition(tau, t))
+        assert_gaussian(f"Eq. 1: paths, {schedule}", x_t, decay * -1.7, math.sqrt(var), sees=0.035, comparisons=2)
 
 
 @given(cases())
-def test_eq2_log_prob_equals_scipy(case):
+def test_eq02_transitions_from_0_to_tau_to_t_compose_by_chapman_and_kolmogorov(case):
+    spans = (0, case.tau), (case.tau, case.t), (0, case.t)
+    (decay, var), (further, fresh), (whole, total) = (case.sde.transition(*span) for span in spans)
+    agree("Eq. 2: decays multiply", further * decay, whole)
+    agree("Eq. 2: variance at tau, decayed, and that of the rest", further**2 * var + fresh, total)
+
+
+@given(cases())
+def test_eq02_log_density_is_scipys(case):
     law = norm(np.exp(-case.between) * case.y.numpy(), np.sqrt(-np.expm1(-2 * case.between)))
     expected = law.logpdf(case.x.numpy()).sum(-1)
     agree("log_prob: SciPy's, summed over dimensions", case.sde.log_prob(case.x, case.y, case.tau, case.t), expected)
@@ -273,11 +292,11 @@ def test_sde_rejects_ints_off_its_grid_times_that_descend_too_few_steps_and_bad_
     sde, x = sde64(), torch.zeros(2)
     for tau, t in ((2, 1), (-1, 3), (0, 6)):
         for function in (sde.transition, sde.between, sde.decay, sde.var, functools.partial(sde.log_prob, x, x)):
-            with pytest.raises(ValueError, match=rf"\[{tau}, {t}\] must ascend from 0 to T = 5"):
+            with pytest.raises(ValueError, match=rf"{tau} and {t} must ascend, from 0 to T = 5"):
                 function(tau, t)
     for name, function in AT_ONE_TIME.items():
         for t in (-1, 6, *[0] * (name.startswith("posterior") or name == "reverse_sde_step")):
-            with pytest.raises(ValueError, match="must ascend from 0 to T = 5"):
+            with pytest.raises(ValueError, match="must ascend, from 0 to T = 5"):
                 function(sde, t, x, x, x)
         function(sde, 1, x, x, x), function(sde, 5, x, x, x)
     for T in (1, 0, -3):
@@ -305,58 +324,28 @@ def test_sde_coefficients_are_computed_in_float64_and_rounded(T, schedule):
     assert (decay.dtype, var.device.type) == (torch.float16, "meta"), "of the dtype and on the device asked for"
 
 
-# ==== Eq. 3: the reverse SDE ==========================================================================================
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.7])
-def test_eq3_one_step_keeps_the_sdes_own_law_to_second_order_in_the_step(share):
+# ==== Eq. 3 and 4: the reverse SDE, and diffusing =====================================================================
+def test_eq03_one_step_keeps_the_sdes_own_law_to_second_order_in_the_step():
     """From the variance of x_t to that of x_{t-1}, of x_0 ~ N(0, 0.3^2), with its exact score. Sees a wrong factor."""
-    one, zero, errors = torch.ones(1).double(), torch.zeros(1).double(), []
-    for T in (400, 800, 1600):
-        sde, t, (_, bar) = sde64(T, "constant"), round(share * T), literal_theta("constant", T)
-        before, at = (1 - 0.91 * math.exp(-2 * theta_bar) for theta_bar in (bar[t - 1], bar[t]))
-        gain, spread = sde.reverse_sde_step(one, t, -one / at, zero), sde.reverse_sde_step(zero, t, zero, one)
-        errors.append(float(gain**2 * at + spread**2 - before))
-    agree("Eq. 3: half the step, a quarter of the error", np.divide(errors[:2], errors[1:]), (4.0, 4.0), rtol=0.1)
-
-
-# ==== Eq. 4, 28, 30: diffusing, and the score =========================================================================
-@given(cases())
-def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
-    x_t, std = case.x.numpy(), np.sqrt(-np.expm1(-2 * case.bar))
-    law = norm(np.exp(-case.bar) * case.y.numpy(), std)
-    gradient = (law.logpdf(x_t + std) - law.logpdf(x_t - std)) / (2 * std)  # exact: the log density is a parabola
-    scale = 1 + np.abs(law.logpdf(x_t)).max() / std.min()
-    agree("Eq. 28", case.sde.score(case.x, case.y, case.t), gradient, atol=1e-12 * scale)
+    one, zero = torch.ones(1).double(), torch.zeros(1).double()
+    for share in (0.1, 0.25, 0.7):
+        errors = []
+        for T in (400, 800, 1600):
+            sde, t, (_, bar) = sde64(T, "constant"), round(share * T), literal_theta("constant", T)
+            before, at = (1 - 0.91 * math.exp(-2 * theta_bar) for theta_bar in (bar[t - 1], bar[t]))
+            gain, spread = sde.reverse_sde_step(one, t, -one / at, zero), sde.reverse_sde_step(zero, t, zero, one)
+            errors.append(float(gain**2 * at + spread**2 - before))
+        claim = f"Eq. 3 at {share} T: half the step, a quarter of the error"
+        agree(claim, np.divide(errors[:2], errors[1:]), (4.0, 4.0), rtol=0.1)
 
 
 @given(cases())
-def test_eq4_and_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation(case):
-    x_0, eps = case.x, case.y
-    score = case.sde.score(case.sde.diffuse(x_0, case.t, eps), x_0, case.t)
-    agree("Eq. 30 of Eq. 4", score, -eps.numpy() / np.sqrt(1 - np.exp(-2 * case.bar)))
+def test_eq04_is_the_mean_of_eq02_and_its_deviation_times_the_noise(case):
+    expected = np.exp(-case.bar) * case.x.numpy() + np.sqrt(-np.expm1(-2 * case.bar)) * case.y.numpy()
+    agree("Eq. 4", case.sde.diffuse(case.x, case.t, case.y), expected)
 
 
 # ==== Eq. 5 and the other diffusion losses ============================================================================
-def test_eq5_has_no_expected_gradient_at_the_posterior_mean_of_the_noise():
-    """For x_0 ~ N(0.5, 0.4^2) that is a line in x_t. Sees a slope that is 4% off."""
-    sde, (_, bar), (mu, width) = sde64(), literal_theta("cosine", 5), (0.5, 0.4)
-    for t in (1, 2, 4):
-        scale, var = math.exp(-bar[t]), 1 - math.exp(-2 * bar[t])
-        x_0, eps = mu + width * gaussian(100_000, 1, seed=10 + t), gaussian(100_000, 1, seed=20 + t)
-        x_t, times = sde.diffuse(x_0, t, eps), torch.full((100_000,), t)
-        deviation = x_t - scale * mu
-
-        def gradients(slope, x_0=x_0, x_t=x_t, times=times, eps=eps, deviation=deviation):
-            """Of the loss to the predictor's intercept and slope, a row each: their mean is the loss's gradient."""
-            eps_hat = (slope * deviation).requires_grad_()
-            erdp.LOSSES["noise"](sde, x_0, x_t, times, eps, eps_hat).backward()
-            return len(eps) * eps_hat.grad * torch.cat([torch.ones_like(deviation), deviation], 1)
-
-        best = math.sqrt(var) / (scale**2 * width**2 + var)
-        assert_mean(f"Eq. 5's gradient at the posterior mean, t = {t}", gradients(best), 0.0, 0.05, comparisons=3)
-        with pytest.raises(AssertionError, match="expected 0.0"):
-            assert_mean("a slope that is 4% off", gradients(1.04 * best), 0.0, 0.05, comparisons=3)
-
-
 def literal_eq40(prime, bar, before, x_0, x_t):
     exp, var = torch.exp, 1 - torch.exp(-2 * bar)
     of_x_t, of_x_0 = (1 - exp(-2 * before)) / var * exp(-prime), (1 - exp(-2 * prime)) / var * exp(-before)
@@ -383,16 +372,26 @@ LITERAL_LOSSES = dict(
 
 
 @given(cases())
-def test_posterior_loss_has_the_true_noise_as_its_minimiser(case):
+def test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07(case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
-    found, least = (erdp.LOSSES["posterior"](case.sde, case.x, x_t, case.t, case.y, eps) for eps in (case.z, case.y))
-    agree("at the true noise", least, 0.0, atol=1e-18)
-    weight = 2 * np.sinh(case.prime) / np.sqrt(1 - np.exp(-2 * case.bar))  # Eq. 8's factor in the posterior mean
-    expected = np.mean((weight * (case.z - case.y).numpy()) ** 2)
-    agree("elsewhere, the weighted error of the noise", found, expected)
+    symbols = *map(torch.tensor, (case.prime, case.bar, case.before)), case.x, x_t, case.y, case.z
+    for name, loss in erdp.LOSSES.items():
+        expected = own("LITERAL_LOSSES", name)(*symbols)
+        agree(f"loss {name}", loss(case.sde, case.x, x_t, case.t, case.y, case.z), expected, rtol=1e-8)
 
 
-# ==== Eq. 6-8 and Appendix A.3: the posterior, x0-hat, and the optimal reverse path ===================================
+# ==== Eq. 6-8: the posterior, and x0-hat ==============================================================================
+def test_eq06_and_eq07_are_the_law_of_simulated_states_before_x_t_and_after_x_0():
+    for t in (2, 3, 4):
+        before = simulated(np.full(100_000, 0.9), "cosine", 5, 0, t - 1, seed=5)
+        x_t = simulated(before, "cosine", 5, t - 1, t, seed=6)
+        mean, var = sde64().posterior(torch.tensor(x_t), torch.tensor(0.9), t)
+        residual, std = before - mean.numpy(), math.sqrt(var)
+        assert_gaussian(f"Eq. 7 at t = {t}: residual", residual, 0.0, std, sees=0.04, comparisons=6)
+        products = residual / std * (x_t - x_t.mean()) / x_t.std()
+        assert_mean(f"Eq. 7 at t = {t}: slope over x_t", products, 0.0, sees=0.04, comparisons=6)
+
+
 def log_densities_of_eq34(case, x, x_t, x_0):
     """log p(x_t | x_{t-1}), log p(x_{t-1} | x_0) and log p(x_t | x_0) by SciPy, at x_{t-1} = x."""
 
@@ -403,7 +402,7 @@ def log_densities_of_eq34(case, x, x_t, x_0):
 
 
 @given(cases(first=2))
-def test_eq7_posterior_matches_bayes_rule(case):
+def test_eq07_posterior_is_bayes_rule(case):
     mean, var = case.sde.posterior(case.x, case.y, case.t)
     likelihood, prior, evidence = log_densities_of_eq34(case, case.z.numpy(), case.x.numpy(), case.y.numpy())
     size = 1 + max(np.abs(term).max() for term in (likelihood, prior, evidence))
@@ -411,58 +410,17 @@ def test_eq7_posterior_matches_bayes_rule(case):
     agree("Eq. 6-7: log density, as of Eq. 34", log_p, likelihood + prior - evidence, atol=1e-10 * size)
 
 
-def assert_residual(name, residual, std, x_t):
-    """Of a conditional mean at three times: Gaussian with that deviation, and without a slope over x_t."""
-    assert_gaussian(f"{name}: residual", residual, 0.0, std, sees=0.04, comparisons=3)
-    products = residual / std * (x_t - x_t.mean()) / x_t.std()
-    assert_mean(f"{name}: slope over x_t", products, 0.0, sees=0.04, comparisons=3)
-
-
-@pytest.mark.parametrize("t", [2, 3, 4])
-def test_eq6_and_eq7_are_the_law_of_simulated_states_before_x_t_and_after_x_0(t):
-    before = simulated(np.full(100_000, 0.9), "cosine", 5, 0, t - 1, seed=5)
-    x_t = simulated(before, "cosine", 5, t - 1, t, seed=6)
-    mean, var = sde64().posterior(torch.tensor(x_t), torch.tensor(0.9), t)
-    residual, std = before - mean.numpy(), math.sqrt(var)
-    assert_residual("Eq. 7", residual, std, x_t)
-
-
 @given(cases())
-def test_eq7_last_step_returns_x0_without_noise(case):
+def test_eq07_last_step_returns_x_0_without_noise(case):
     for t in (1, torch.ones_like(case.t)):
         mean, var = case.sde.posterior(case.x, case.y, t)
         assert torch.equal(mean, case.y) and not var.any(), "Eq. 7 at t = 1 has mean x_0 and variance 0"
 
 
-@pytest.mark.parametrize("t", [1, 2, 3])
-def test_eq8_of_the_mean_noise_is_the_mean_of_x_0_given_a_simulated_x_t(t):
-    m, s, b = 0.4, 0.6, literal_theta("cosine", 5)[1][t]  # x_0 is Gaussian, so that E(eps | x_t) has a closed form
-    x_0 = np.random.default_rng(7).normal(m, s, 100_000)
-    x_t = simulated(x_0, "cosine", 5, 0, t, seed=8)
-    eps = -math.sqrt(1 - math.exp(-2 * b)) * mixture_score(x_t, b, *np.array([[1], [m], [s]]))
-    residual = x_0 - sde64().predict_x0(torch.tensor(x_t), t, torch.tensor(eps)).numpy()
-    std = s * math.sqrt((1 - math.exp(-2 * b)) / (1 - math.exp(-2 * b) + s**2 * math.exp(-2 * b)))
-    assert_residual("Eq. 8", residual, std, x_t)
-
-
 @given(cases())
-def test_eq8_inverts_eq4(case):
+def test_eq08_inverts_eq04(case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
     agree("Eq. 8 of Eq. 4", case.sde.predict_x0(x_t, case.t, case.y), case.x)
-
-
-@given(cases(first=2))
-def test_a3_posterior_mean_is_the_optimal_reverse_path(case):
-    """Eq. 38's cost is a parabola in x_{t-1}: its least value lies halfway between two points of equal cost."""
-
-    def cost(x):
-        likelihood, prior, _ = log_densities_of_eq34(case, x, case.x.numpy(), case.y.numpy())
-        return -likelihood - prior
-
-    mean, var = (moment.numpy() for moment in case.sde.posterior(case.x, case.y, case.t))
-    before, at, after = (cost(mean + step * np.sqrt(var)) for step in (-1, 0, 1))
-    agree("A.3: as far before the mean as after it", after - before, 0 * mean, atol=1e-9 * (1 + np.abs(at).max()))
-    assert (after > at).all(), "A.3: a minimum of Eq. 37"
 
 
 # ==== Eq. 10 and Figure 2: sampling ===================================================================================
@@ -483,7 +441,7 @@ def literal_sample(network, schedule, T, state, noise, clip_denoised, clip_sampl
 
 
 @given(st.integers(2, 30), st.sampled_from(SCHEDULES), st.booleans(), st.booleans(), st.integers(0, 999))
-def test_eq10_sampler_follows_eq8_eq7_and_eq6_step_by_step(T, schedule, clip_denoised, clip_sample, seed):
+def test_eq10_sampler_follows_eq08_eq07_and_eq06_step_by_step(T, schedule, clip_denoised, clip_sample, seed):
     def rough_network(x_t, t, state):
         """Far off enough for every clamp to bite, and different for each time and state."""
         return 0.8 * x_t + torch.sin(1.7 * t)[:, None] + 0.3 * state.sum(-1, keepdim=True)
@@ -525,7 +483,7 @@ def test_eq10_samples_approach_a_mixture_as_the_steps_grow():
 
 
 @given(st.integers(2, 100), st.sampled_from(SCHEDULES), st.floats(-1, 1), st.integers(0, 999))
-def test_figure2_optimal_sampling_reconstructs_x0_exactly_at_every_t(T, schedule, x_0, seed):
+def test_figure2_optimal_sampling_reconstructs_x_0_exactly_at_every_t(T, schedule, x_0, seed):
     bar = torch.tensor(literal_theta(schedule, T)[1])
 
     def true_noise(x_t, t, state):
@@ -537,7 +495,148 @@ def test_figure2_optimal_sampling_reconstructs_x0_exactly_at_every_t(T, schedule
         agree("Figure 2: the sampler returns x_0", action, np.full((3, 2), x_0))
 
 
-# ==== Eq. 13 and 14: the policy's log probability =====================================================================
+# ==== Eq. 12-15: the policy's loss, and the log probability in it =====================================================
+VARIANTS = get_args(erdp.Variant)
+
+
+def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
+    """log p(a^1 | a^T) as the paper means it, or as the released code computes it, from densities of PyTorch's own."""
+
+    def g(u, v, duration):
+        law = torch.distributions.Normal(math.exp(-duration) * v, math.sqrt(1 - math.exp(-2 * duration)))
+        return law.log_prob(u).sum(-1)
+
+    if variant == "paper":
+        a_1 = math.exp(-bar[1]) * a_0 + math.sqrt(1 - math.exp(-2 * bar[1])) * eps_hat
+        return g(a_T, a_1, bar[-1] - bar[1]) + g(a_1, a_0, bar[1]) - g(a_T, a_0, bar[-1])
+    a_1 = (1 - prime[1]) * a_0
+    return g(a_1, a_T, bar[-1] - bar[2]) + g(a_0, a_1, bar[2] - bar[1]) - g(a_0, a_T, bar[-1] - bar[1])
+
+
+# Eq. 15 of alpha, lambda, L_diff, Q's value, the entropy h, the number of action dimensions, and h's magnitude.
+LITERAL_VARIANTS = dict(
+    paper=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * (q + alpha * h),
+    released=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * q - alpha * h / h_size,
+    debruijn=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * q - alpha * h / A,
+)
+
+
+class Problem(NamedTuple):
+    """One draw of everything that the policy loss takes, and its prediction of the noise as a leaf."""
+
+    args: Args
+    sde: MeanRevertingSDE
+    critics: QEnsemble
+    batch: Batch
+    noise: Noise
+    q_data: torch.Tensor
+    eps_hat: torch.Tensor
+    x_t: torch.Tensor  # Eq. 4, and Eq. 8 of it
+    a_0: torch.Tensor
+
+    def loss(self, **changes):
+        """erdp's policy loss, the prediction standing in for the policy."""
+        p = self._replace(**changes)
+
+        def policy(x_t, t, state):
+            agree("the policy sees the noised data action", x_t, p.x_t)
+            assert t is p.noise.t and state is p.batch.state
+            return p.eps_hat
+
+        return erdp.policy_loss(policy, p.critics, p.sde, p.batch, p.noise, p.q_data, p.args)
+
+    def gradient(self, **changes):
+        eps_hat = changes.pop("eps_hat", self.eps_hat).detach().clone().requires_grad_()
+        self.loss(eps_hat=eps_hat, **changes)["policy_loss"].backward()
+        return eps_hat.grad
+
+
+def problem(seed=0, B=4, M=3, **choices) -> Problem:
+    args = Args(**dict(num_diffusion_steps=4, entropy_coef=0.3, eta=0.7, lcb_coef=1.3) | choices)
+    T, critics, batch = args.num_diffusion_steps, tiny_critics(M=M, seed=seed), random_batch(B, seed=seed)
+    t = torch.randint(1, T + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    noise = Noise(t, gaussian(B, 2, seed=seed + 20), gaussian(B, 2, seed=seed + 21), None)
+    eps_hat = noise.eps + 0.3 * gaussian(B, 2, seed=seed + 22)  # near enough for some x0-hat to lie inside the bounds
+    q_data = critics(batch.state, batch.action).detach()
+    bar = torch.tensor(literal_theta(args.schedule, T)[1])[t, None]
+    decay, std = torch.exp(-bar), torch.sqrt(1 - torch.exp(-2 * bar))
+    x_t = decay * batch.action + std * noise.eps
+    a_0 = (x_t - std * eps_hat) / decay
+    return Problem(args, sde64(T, args.schedule), critics, batch, noise, q_data, eps_hat, x_t, a_0)
+
+
+STANDARD = 0.5 * math.log(2 * math.pi * math.e)  # entropy of a standard Gaussian
+
+
+def last_used(bar) -> int:
+    """The last t at which -1/2 log var_t is 0.01 or more, or 1, from theta_bar (T+1,): after it x_t is Gaussian."""
+    return max([1, *(t for t in range(1, len(bar)) if -0.5 * math.log(-math.expm1(-2 * bar[t])) >= 0.01)])
+
+
+def literal_entropy(prime, bar, t, eps_hat):
+    """De Bruijn's identity from the noise predicted at one time a row: a term of a sum over t, times T."""
+    T, A, var = len(bar) - 1, eps_hat.shape[1], 1 - np.exp(-2 * bar)
+    weights = [T * prime[k] / var[k] if k <= last_used(bar) else 0 for k in t]
+    rows = [w * ((e**2).sum() - A * var[k]) for w, k, e in zip(weights, t, eps_hat)]
+    return A * STANDARD - torch.stack(rows)
+
+
+def literal_policy_loss(args, members, batch, noise, q_data, eps_hat):
+    """Eq. 15 as each variant has it: its terms by name."""
+    prime, bar = literal_theta(args.schedule, args.num_diffusion_steps)
+    t = noise.t.numpy()
+    prime_t, bar_t, before_t = (torch.tensor(column)[:, None] for column in (prime[t], bar[t], bar[t - 1]))
+    std_t = torch.sqrt(1 - torch.exp(-2 * bar_t))
+    x_t = torch.exp(-bar_t) * batch.action + std_t * noise.eps
+    l_diff = own("LITERAL_LOSSES", args.loss)(prime_t, bar_t, before_t, batch.action, x_t, noise.eps, eps_hat)
+    a_0 = torch.exp(bar_t) * (x_t - std_t * eps_hat)
+    clipped = torch.where(a_0.abs() <= 1, a_0, a_0.sign().detach())  # without gradient outside
+    if args.variant == "debruijn":
+        entropy = literal_entropy(prime, bar, t, eps_hat)
+    else:
+        entropy = -literal_log_prob(args.variant, prime, bar, a_0, eps_hat, noise.a_T)
+    pessimistic = own("LITERAL_PESSIMISM", args.pessimism)
+    seen = [b for b in range(len(t)) if t[b] <= (args.q_time or args.num_diffusion_steps)]  # rows whose a_0 Q sees
+    q = literal_q_of(members, batch.state, clipped)
+    value = pessimistic(q[:, seen], args).mean() if seen else 0 * q.sum()
+    lambda_ = args.eta / (q if args.variant == "released" else pessimistic(q_data, args)).abs().mean().detach()
+    terms = l_diff, value, entropy.mean(), eps_hat.shape[1], entropy.abs().mean().detach()
+    loss = own("LITERAL_VARIANTS", args.variant)(args.entropy_coef, lambda_, *terms)
+    return dict(policy_loss=loss, diffusion_loss=l_diff, lcb=value, entropy=entropy.mean())
+
+
+OPTIONS = [
+    dict(variant=variant, loss=loss, pessimism=pessimism)
+    for variant, loss, pessimism in itertools.product(VARIANTS, erdp.LOSSES, erdp.PESSIMISM)
+    if (variant, loss) != ("debruijn", "likelihood")  # which erdp.py refuses
+]
+SIZES = dict(num_diffusion_steps=st.integers(3, 30), M=st.integers(1, 3), B=st.integers(1, 3))
+SIZES |= dict(schedule=st.sampled_from(SCHEDULES), q_time=st.integers(1, 3) | st.none(), seed=st.integers(0, 999))
+WEIGHTINGS = dict(entropy_coef=st.floats(0, 2), eta=st.floats(0, 3), lcb_coef=st.floats(0, 5))
+
+
+@given(st.sampled_from(OPTIONS), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(options, c, seed):
+    p = problem(seed, entropy_coef=0.0, **options)
+    gradient = p.gradient(critics=lambda *given, **flags: c * p.critics(*given, **flags), q_data=c * p.q_data)
+    agree("Eq. 12: lambda takes out the scale of Q", gradient, p.gradient(), rtol=1e-8)
+    without_q = p.gradient(args=dataclasses.replace(p.args, eta=0.0))
+    inside = p.a_0.abs() < 1
+    assert torch.equal(without_q != p.gradient(), inside), "Eq. 12: Q's gradient reaches all actions inside the bounds"
+
+
+def test_eq12_alpha_zero_removes_the_entropy_term_exactly():
+    for variant in ("paper", "released"):
+        p = problem(variant=variant, entropy_coef=0.0)
+        other = p.noise._replace(a_T=p.noise.a_T + 1)
+        assert p.loss(noise=other)["entropy"] != p.loss()["entropy"], f"{variant}: the entropy depends on a_T"
+        loss, of_other = (p.loss(noise=noise)["policy_loss"] for noise in (p.noise, other))
+        assert torch.equal(loss, of_other), f"{variant}, alpha = 0: the loss does not contain it"
+        assert torch.equal(p.gradient(noise=other), p.gradient()), f"{variant}, alpha = 0: nor does its gradient"
+        with_it = p.gradient(args=dataclasses.replace(p.args, entropy_coef=0.01))
+        assert not torch.equal(with_it, p.gradient()), f"{variant}, alpha = 0.01: the gradient contains it"
+
+
 def last_step(network, a_1, T=5):
     """a^0 and log abs(d a^0 / d a^1) of the sampler's last step, by central differences."""
     h, t = 1e-5, torch.ones(len(a_1), dtype=torch.int64)
@@ -564,7 +663,7 @@ def test_eq13_does_not_hold_for_a_mixture():
 
 
 @given(cases())
-def test_eq14_equals_the_joint_gaussians_conditional_density(case):
+def test_eq14_is_the_joint_gaussians_conditional_density(case):
     """(x_1, x_T) given x_0 is jointly Gaussian; SciPy's joint density less that of x_T."""
     first, last = case.theta_bar[1], case.theta_bar[-1]
     var_1, var_T = -math.expm1(-2 * first), -math.expm1(-2 * last)
@@ -577,6 +676,243 @@ def test_eq14_equals_the_joint_gaussians_conditional_density(case):
         expected[b] += joint - norm.logpdf(x_T, mean[1], math.sqrt(var_T))
         size = max(size, abs(joint))
     agree("Eq. 14", case.sde.log_prob_x1(case.x, case.y, case.z), expected, atol=1e-9 * size)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(OPTIONS), st.fixed_dictionaries(SIZES | WEIGHTINGS))
+def test_eq15_policy_loss_and_its_gradient_equal_literal_ones(options, choices):
+    p = problem(**options, **choices)
+    eps_hat = p.eps_hat.clone().requires_grad_()
+    expected = literal_policy_loss(p.args, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
+    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
+    size, found = 1e-9 * (1 + float(slope.abs().max())), p.loss()
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        agree(f"Eq. 15: {name}", found[name], reference, rtol=1e-8, atol=1e-9)
+    agree("Eq. 15: gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
+
+
+def test_eq15_gradient_equals_finite_differences():
+    """Where no magnitude that the gradient holds constant depends on the prediction, as in `released`."""
+    for options in ("paper", "noise", "lcb"), ("paper", "likelihood", "min"), ("debruijn", "posterior", "lcb"):
+        p = problem(5, **dict(zip(("variant", "loss", "pessimism"), options)))
+        eps_hat = p.eps_hat.clone().requires_grad_()
+        same = torch.autograd.gradcheck(lambda e, p=p: p.loss(eps_hat=e)["policy_loss"], eps_hat, raise_exception=False)
+        assert same, f"Eq. 15's gradient, {options}"
+
+
+def test_eq15_gradients_flow_into_the_policy_alone():
+    for variant in VARIANTS:
+        p = problem(variant=variant)
+        q_data, action = p.q_data.clone().requires_grad_(), p.batch.action.clone().requires_grad_()
+        eps_hat = p.eps_hat.clone().requires_grad_()
+        found = p.loss(q_data=q_data, eps_hat=eps_hat, batch=p.batch._replace(action=action))
+        found.pop("policy_loss").backward()
+        assert all(weight.grad is None for weight in p.critics.parameters()), f"{variant}: Q's weights get no gradient"
+        assert q_data.grad is None, f"{variant}: lambda is a constant of Eq. 15"
+        assert not any(part.requires_grad for part in found.values()), f"{variant}: what is reported carries no graph"
+        assert eps_hat.grad.ne(0).all(), f"{variant}: every component of the prediction has a gradient"
+
+
+# ==== In place of Eq. 14: the entropy by de Bruijn's identity =========================================================
+@given(st.integers(2, 200), st.sampled_from(SCHEDULES), st.floats(-1, 1))
+@example(2, "constant", 1.0)  # x_1 is Gaussian already
+def test_debruijn_sum_ends_where_x_t_is_gaussian_to_within_a_hundredth_nat(T, schedule, action):
+    """Of one action in [-1, 1]: KL of x_t from the standard Gaussian, and what its entropy lacks, by SciPy."""
+    prime, bar = literal_theta(schedule, T)
+    last, t = last_used(bar), np.arange(1, T + 1)
+    weights = np.where(t <= last, prime[t] / -np.expm1(-2 * bar[t]), 0)
+    found = erdp.entropy_weights(sde64(T, schedule))
+    agree("w_t: theta'_t / var_t up to the last informative time, then 0", found, weights, atol=0)
+
+    def lacks(t, action):
+        law = norm(math.exp(-bar[t]) * action, math.sqrt(-math.expm1(-2 * bar[t])))
+        kl = 0.5 * math.log(2 * math.pi) + 0.5 * (law.var() + law.mean() ** 2) - law.entropy()
+        return kl, STANDARD - law.entropy()
+
+    for t in range(last + 1, T + 1):
+        assert max(lacks(t, action)) < 0.01, "x_t after the last time"
+    if last > 1:
+        assert min(lacks(last, 1.0)) >= 0.01 - 1e-12, "at the last time an action on the bounds is still seen"
+    left_out = prime[last + 1 :] * (1 / -np.expm1(-2 * bar[last + 1 :]) - 1)
+    assert left_out.sum() <= 0.03, "as E||E(eps | x_t)||^2 lies between var_t and 1 a dimension"
+
+
+def of_mixture(T, weights=WEIGHTS, means=MEANS, widths=WIDTHS, schedule="cosine", data=None) -> float:
+    """H-hat on the grid with the exact noise of a mixture, by Gauss-Hermite quadrature over x_t of `data`, else it."""
+    weights, means, widths = (np.asarray(part, float) for part in (weights, means, widths))
+    share, at, width = data or (weights, means, widths)
+    bar, total = literal_theta(schedule, T)[1], 0.0
+    predictor = analytic_predictor(bar, weights, means, widths)
+    node, weight = np.polynomial.hermite_e.hermegauss(80)
+    for t in range(1, T + 1):
+        spread = np.sqrt(math.exp(-2 * bar[t]) * width**2 - math.expm1(-2 * bar[t]))
+        x = torch.tensor(math.exp(-bar[t]) * at[:, None] + spread[:, None] * node).reshape(-1, 1)
+        times = torch.full((len(x),), t)
+        rows = erdp.entropy_estimate(sde64(T, schedule), predictor(x, times, None), times)
+        total += rows.numpy() @ (share[:, None] * weight / weight.sum()).ravel()
+    return total / T
+
+
+def test_debruijn_estimate_of_a_mixture_approaches_its_entropy_at_first_order():
+    """Up to what x_t at the last time used lacks of a Gaussian's entropy. The entropies are by quadrature."""
+
+    def entropy(bar):
+        means, spread = math.exp(-bar) * MEANS, np.sqrt(math.exp(-2 * bar) * WIDTHS**2 - math.expm1(-2 * bar))
+        quad = functools.partial(scipy.integrate.quad, points=[-1, 0, 1], limit=400, epsabs=1e-10)
+        return quad(lambda x: scipy.special.entr((WEIGHTS * norm.pdf(x, means, spread)).sum()), -8, 8)[0]
+
+    for schedule in ("cosine", "linear", "vp"):  # "constant" has a long first step at any such T
+        errors = []
+        for T in (100, 200, 400):
+            bar = literal_theta(schedule, T)[1]
+            lacking = STANDARD - entropy(bar[last_used(bar)])
+            errors.append(of_mixture(T, schedule=schedule) - (entropy(0.0) + lacking))
+        assert 0 < errors[-1] < 0.15, f"{schedule}: errors {errors}"
+        agree(f"{schedule}: half the step, half the error", np.divide(errors[:2], errors[1:]), (2.0, 2.0), rtol=0.1)
+
+
+def test_debruijn_estimate_of_a_policy_away_from_the_data_is_twice_h_less_the_cross_entropy():
+    """Of the data's and the policy's Gaussian (mean, deviation), with CE(p, q) = -E_p log q by quadrature."""
+    for p, q in (((0.0, 0.3), (0.0, 0.5)), ((0.1, 0.4), (-0.3, 0.25)), ((0.0, 0.3), (0.4, 0.3))):
+
+        def twice_h_less_ce(bar, p=p, q=q):
+            scale, var = math.exp(-bar), math.exp(-2 * bar)
+            data, policy = (norm(scale * mean, math.sqrt(var * (width**2 - 1) + 1)) for mean, width in (p, q))
+            return 2 * policy.entropy() + data.expect(policy.logpdf)
+
+        errors, data = [], (np.ones(1), np.array([p[0]]), np.array([p[1]]))
+        for T in (200, 400):
+            bar = literal_theta("cosine", T)[1]
+            end = STANDARD - twice_h_less_ce(bar[last_used(bar)])
+            errors.append(of_mixture(T, [1.0], [q[0]], [q[1]], data=data) - twice_h_less_ce(0.0) - end)
+        assert abs(errors[1]) < 0.08, f"{p}, {q}: the grid's error"
+        claim = f"{p}, {q}: without the grid's error, which is of first order"
+        agree(claim, 2 * errors[1] - errors[0], 0.0, atol=2e-3)
+        assert abs(twice_h_less_ce(0.0) - norm(*q).entropy()) > 0.1, f"{p}, {q}: which is not H(q)"
+
+
+def test_debruijn_minimiser_without_q_divides_the_noise():
+    """By 1 + alpha T w_t: a smaller predicted noise is a larger entropy."""
+    grids = (5, "cosine"), (5, "linear"), (8, "vp"), (2, "constant")
+    for (T, schedule), alpha in itertools.product(grids, (0.0, 0.1, 1.0)):
+        case = f"{schedule}, T = {T}, alpha = {alpha}"
+        choices = dict(variant="debruijn", entropy_coef=alpha, eta=0.0, num_diffusion_steps=T, schedule=schedule)
+        p, (prime, bar) = problem(B=20, **choices), literal_theta(schedule, T)
+        assert set(p.noise.t.tolist()) == set(range(1, T + 1)), f"{case}: every time is drawn"
+        weight = [prime[t] / (1 - math.exp(-2 * bar[t])) if t <= last_used(bar) else 0.0 for t in p.noise.t.tolist()]
+        best = p.noise.eps / (1 + alpha * T * torch.tensor(weight, dtype=torch.float64))[:, None]
+        agree(f"{case}: no gradient at the minimiser", p.gradient(eps_hat=best), 0 * best, atol=1e-12)
+        assert (p.gradient(eps_hat=best + 0.1) > 0).all(), f"{case}: the loss grows above it"
+        assert (p.gradient(eps_hat=best - 0.1) < 0).all(), f"{case}: and below it"
+
+
+# ==== Eq. 16: Q-learning ==============================================================================================
+def tiny_critics(S=3, A=2, M=3, seed=0, hidden=4):
+    """Members with weights large enough to differ."""
+    torch.manual_seed(seed)
+    critics = QEnsemble(S, A, M, hidden).double()
+    with torch.no_grad():
+        for p in critics.parameters():
+            p.normal_()
+    return critics
+
+
+def random_batch(B=5, S=3, A=2, seed=0):
+    data = [gaussian(B, size, seed=seed + k) for k, size in enumerate((S, A, 1, S))]
+    terminal = (torch.arange(B) % 3 == 1).double()
+    return Batch(data[0], data[1].tanh(), 2 * data[2][:, 0], data[3], terminal)
+
+
+def literal_targets(members, batch, next_action, discount, pessimism):
+    """y_m of Eq. 16, (M, B), in loops over members, transitions and candidates."""
+    rows = []
+    for member in members:
+        q = [[literal_q(member, s, candidate[b]) for candidate in next_action] for b, s in enumerate(batch.next_state)]
+        rows.append([max(of_candidates) for of_candidates in q])
+    if pessimism == "min":
+        rows = [[min(column) for column in zip(*rows)]] * len(members)
+    not_over = 1 - batch.terminal
+    return torch.stack([batch.reward + discount * not_over * torch.stack(row) for row in rows])
+
+
+def literal_q(member, state, action):
+    """Q of one member, from its parameters by name, at one state and action: a scalar."""
+    h = torch.cat([state, action])
+    for layer in range(4):
+        h = h @ member[f"weights.{layer}"] + member[f"biases.{layer}"][0]
+        h = literal_mish(h) if layer < 3 else h
+    return h[0]
+
+
+def literal_q_of(members, state, action):
+    return torch.stack([torch.stack([literal_q(member, s, a) for s, a in zip(state, action)]) for member in members])
+
+
+def eq16(critics, target, batch, next_action, **choices):
+    """Loss and Q(s, a) of erdp's critic loss."""
+    next_state = batch.next_state.expand(len(next_action), -1, -1)
+    found = erdp.critic_loss(critics, target, batch, next_state, next_action, Args(**choices))
+    assert found.keys() == {"critic_loss", "q"}
+    return found["critic_loss"], found["q"]
+
+
+@settings(max_examples=25)
+@given(*[st.integers(1, 4)] * 3, st.floats(0, 1), st.sampled_from([*erdp.PESSIMISM]), st.integers(0, 999))
+def test_eq16_equals_loops_over_members_transitions_and_candidates(M, B, C, discount, pessimism, seed):
+    critics, target = tiny_critics(M=M, seed=seed), tiny_critics(M=M, seed=seed + 1)
+    batch, next_action = random_batch(B, seed=seed), gaussian(C, B, 2, seed=seed + 9).tanh()
+    loss, q = eq16(critics, target, batch, next_action, pessimism=pessimism, discount=discount)
+    y = literal_targets(members_of(target), batch, next_action, discount, pessimism)
+    expected = literal_q_of(members_of(critics), batch.state, batch.action)
+    agree("Eq. 16: Q(s, a) (M, B)", q, expected)
+    agree("Eq. 16: squared error, mean over members and batch", loss, ((expected - y) ** 2).sum() / (M * B))
+
+
+def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient():
+    critics, target, batch = tiny_critics(), tiny_critics(seed=1), random_batch()
+    next_action = gaussian(2, 5, 2).requires_grad_()
+    loss, q = eq16(critics, target, batch, next_action)
+    loss.backward()
+    assert next_action.grad is None and all(p.grad is None for p in target.parameters()), "y is a constant of Eq. 16"
+    assert not q.requires_grad, "Q(s, a) is reported without its graph"
+    assert all(p.grad is not None and p.grad.any() for p in critics.parameters()), "Eq. 16 trains all of Q"
+
+
+# ==== Eq. 17: the ensemble's pessimism ================================================================================
+@given(arrays(np.float64, st.tuples(st.integers(1, 8), st.integers(1, 4)), elements=st.floats(-9, 9)), st.floats(0, 9))
+def test_eq17_is_the_mean_less_beta_deviations(q, beta):
+    """With divisor M, or M - 1 as the released code has it; of one member there is no deviation."""
+    for variant, correction in dict(paper=0, released=1, debruijn=0).items():
+        deviation = q.std(0, ddof=correction) if len(q) > 1 else 0.0
+        value = erdp.pessimistic_value(torch.tensor(q), Args(variant=variant, lcb_coef=beta))
+        agree(f"Eq. 17, {variant}", value, q.mean(0) - beta * deviation, atol=1e-9)
+    least = erdp.pessimistic_value(torch.tensor(q), Args(pessimism="min", lcb_coef=beta))
+    agree("clipped double Q: the least", least, q.min(0), rtol=0, atol=0)
+
+
+def test_eq17_has_the_means_gradient_where_members_agree():
+    for unbiased in (False, True):
+        value_of = functools.partial(erdp.lcb, beta=4.0, unbiased=unbiased)
+        q = torch.full((4, 3), 0.7, dtype=torch.float64)
+        q[:, 1] = gaussian(4)
+        value_of(q.requires_grad_()).sum().backward()
+        case = f"divisor M - {int(unbiased)}"
+        agree(f"Eq. 17: gradient at equal members, {case}", q.grad[:, [0, 2]], np.full((4, 2), 1 / 4))
+        elsewhere = torch.autograd.gradcheck(value_of, gaussian(4, 3).requires_grad_(), raise_exception=False)
+        assert elsewhere, f"Eq. 17: gradient elsewhere, {case}"
+
+
+# Of q (M, B), in loops over the members.
+LITERAL_PESSIMISM = dict(lcb=lambda q, args: literal_lcb(q, args), min=lambda q, args: torch.stack([*map(min, q.T)]))
+
+
+def literal_lcb(q, args):
+    M, mean = len(q), sum(q) / len(q)
+    if M == 1:
+        return mean
+    squares = sum((member - mean) ** 2 for member in q)
+    return mean - args.lcb_coef * torch.sqrt(squares / (M - 1 if args.variant == "released" else M))
 
 
 # ==== Networks ========================================================================================================
@@ -734,383 +1070,41 @@ def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
     assert len(critics.weights[3].unique()) > 2000, "members differ"
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["64", "32"])
-def test_mishs_compiled_formula_equals_pytorchs(monkeypatch, dtype, tolerance):
+def test_mishs_compiled_formula_equals_pytorchs(monkeypatch):
     points = torch.cat([torch.linspace(-100, 100, 801), torch.linspace(-3, 3, 61), torch.tensor([1e4, -1e4])])
-    x, y = (points.to(dtype).requires_grad_() for _ in range(2))
-    agree("mish, as it runs uncompiled", erdp.mish(x), F.mish(x), rtol=0, atol=0)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    value, expected = erdp.mish(x), F.mish(y)
-    agree("mish, as it is compiled", value, expected, rtol=tolerance, atol=1e-37)
-    value.sum().backward()
-    expected.sum().backward()
-    agree("mish's gradient, as it is compiled", x.grad, y.grad, rtol=tolerance, atol=10 * tolerance)
-
-
-# ==== Eq. 12-15: the policy loss ======================================================================================
-VARIANTS = get_args(erdp.Variant)
-
-
-def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
-    """log p(a^1 | a^T) as the paper means it, or as the released code computes it, from densities of PyTorch's own."""
-
-    def g(u, v, duration):
-        law = torch.distributions.Normal(math.exp(-duration) * v, math.sqrt(1 - math.exp(-2 * duration)))
-        return law.log_prob(u).sum(-1)
-
-    if variant == "paper":
-        a_1 = math.exp(-bar[1]) * a_0 + math.sqrt(1 - math.exp(-2 * bar[1])) * eps_hat
-        return g(a_T, a_1, bar[-1] - bar[1]) + g(a_1, a_0, bar[1]) - g(a_T, a_0, bar[-1])
-    a_1 = (1 - prime[1]) * a_0
-    return g(a_1, a_T, bar[-1] - bar[2]) + g(a_0, a_1, bar[2] - bar[1]) - g(a_0, a_T, bar[-1] - bar[1])
-
-
-class Problem(NamedTuple):
-    """One draw of everything that the policy loss takes, and its prediction of the noise as a leaf."""
-
-    args: Args
-    sde: MeanRevertingSDE
-    critics: QEnsemble
-    batch: Batch
-    noise: Noise
-    q_data: torch.Tensor
-    eps_hat: torch.Tensor
-    x_t: torch.Tensor  # Eq. 4, and Eq. 8 of it
-    a_0: torch.Tensor
-
-    def loss(self, **changes):
-        """erdp's policy loss, the prediction standing in for the policy."""
-        p = self._replace(**changes)
-
-        def policy(x_t, t, state):
-            agree("the policy sees the noised data action", x_t, p.x_t)
-            assert t is p.noise.t and state is p.batch.state
-            return p.eps_hat
-
-        return erdp.policy_loss(policy, p.critics, p.sde, p.batch, p.noise, p.q_data, p.args)
-
-    def gradient(self, **changes):
-        eps_hat = changes.pop("eps_hat", self.eps_hat).detach().clone().requires_grad_()
-        self.loss(eps_hat=eps_hat, **changes)["policy_loss"].backward()
-        return eps_hat.grad
-
-
-def problem(seed=0, B=4, M=3, **choices) -> Problem:
-    args = Args(**dict(num_diffusion_steps=4, entropy_coef=0.3, eta=0.7, lcb_coef=1.3) | choices)
-    T, critics, batch = args.num_diffusion_steps, tiny_critics(M=M, seed=seed), random_batch(B, seed=seed)
-    t = torch.randint(1, T + 1, (B,), generator=torch.Generator().manual_seed(seed))
-    noise = Noise(None, t, gaussian(B, 2, seed=seed + 20), gaussian(B, 2, seed=seed + 21), None)
-    eps_hat = noise.eps + 0.3 * gaussian(B, 2, seed=seed + 22)  # near enough for some x0-hat to lie inside the bounds
-    q_data = critics(batch.state, batch.action).detach()
-    bar = torch.tensor(literal_theta(args.schedule, T)[1])[t, None]
-    decay, std = torch.exp(-bar), torch.sqrt(1 - torch.exp(-2 * bar))
-    x_t = decay * batch.action + std * noise.eps
-    a_0 = (x_t - std * eps_hat) / decay
-    return Problem(args, sde64(T, args.schedule), critics, batch, noise, q_data, eps_hat, x_t, a_0)
-
-
-STANDARD = 0.5 * math.log(2 * math.pi * math.e)  # entropy of a standard Gaussian
-
-
-def last_used(bar) -> int:
-    """The last t at which -1/2 log var_t is 0.01 or more, or 1, from theta_bar (T+1,): after it x_t is Gaussian."""
-    return max([1, *(t for t in range(1, len(bar)) if -0.5 * math.log(-math.expm1(-2 * bar[t])) >= 0.01)])
-
-
-def literal_entropy(prime, bar, t, eps_hat):
-    """De Bruijn's identity from the noise predicted at one time a row: a term of a sum over t, times T."""
-    T, A, var = len(bar) - 1, eps_hat.shape[1], 1 - np.exp(-2 * bar)
-    weights = [T * prime[k] / var[k] if k <= last_used(bar) else 0 for k in t]
-    rows = [w * ((e**2).sum() - A * var[k]) for w, k, e in zip(weights, t, eps_hat)]
-    return A * STANDARD - torch.stack(rows)
-
-
-def literal_policy_loss(args, members, batch, noise, q_data, eps_hat, frozen=None):
-    """Eq. 15 as each variant has it: its terms by name, and the magnitudes that it treats as constants."""
-    prime, bar = literal_theta(args.schedule, args.num_diffusion_steps)
-    t = noise.t.numpy()
-    prime_t, bar_t, before_t = (torch.tensor(column)[:, None] for column in (prime[t], bar[t], bar[t - 1]))
-    std_t = torch.sqrt(1 - torch.exp(-2 * bar_t))
-    x_t = torch.exp(-bar_t) * batch.action + std_t * noise.eps
-    l_diff = own(LITERAL_LOSSES, args.loss)(prime_t, bar_t, before_t, batch.action, x_t, noise.eps, eps_hat)
-    a_0 = torch.exp(bar_t) * (x_t - std_t * eps_hat)
-    clipped = torch.where(a_0.abs() <= 1, a_0, a_0.sign().detach())  # without gradient outside
-    log_p = -literal_entropy(prime, bar, t, eps_hat)
-    if args.variant != "debruijn":
-        log_p = literal_log_prob(args.variant, prime, bar, a_0, eps_hat, noise.a_T)
-    pessimistic = own(LITERAL_PESSIMISM, args.pessimism)
-    seen = [b for b in range(len(t)) if t[b] <= (args.q_time or args.num_diffusion_steps)]  # rows whose a_0 Q sees
-    q = literal_q_of(members, batch.state, clipped)
-    value = pessimistic(q[:, seen], args).mean() if seen else 0 * q.sum()
-    with torch.no_grad():
-        q_size = q.abs().mean() if args.variant == "released" else pessimistic(q_data, args).abs().mean()
-        frozen = frozen or (q_size, log_p.abs().mean())
-    if args.variant == "paper":
-        loss = l_diff - args.eta / frozen[0] * (value - args.entropy_coef * log_p.mean())
-    elif args.variant == "debruijn":
-        loss = l_diff - args.eta / frozen[0] * value + args.entropy_coef * log_p.mean() / eps_hat.shape[1]
-    else:
-        loss = l_diff - args.eta / frozen[0] * value - args.entropy_coef * (-log_p.mean() / frozen[1])
-    return dict(policy_loss=loss, diffusion_loss=l_diff, lcb=value, entropy=-log_p.mean()), frozen
-
-
-CHOICES = dict(variant=st.sampled_from(VARIANTS), loss=st.sampled_from([*erdp.LOSSES]))
-CHOICES |= dict(pessimism=st.sampled_from([*erdp.PESSIMISM]))
-SIZES = dict(num_diffusion_steps=st.integers(3, 30), M=st.integers(1, 3), B=st.integers(1, 3))
-SIZES |= dict(schedule=st.sampled_from(SCHEDULES), q_time=st.integers(1, 30) | st.none(), seed=st.integers(0, 999))
-WEIGHTINGS = dict(entropy_coef=st.floats(0, 2), eta=st.floats(0, 3), lcb_coef=st.floats(0, 5))
-
-
-@settings(max_examples=100)
-@given(st.fixed_dictionaries(CHOICES | SIZES | WEIGHTINGS))
-def test_eq15_policy_loss_equals_a_literal_one(choices):
-    p = problem(**choices)
-    eps_hat = p.eps_hat.clone().requires_grad_()
-    expected, _ = literal_policy_loss(p.args, members_of(p.critics), p.batch, p.noise, p.q_data, eps_hat)
-    (slope,) = torch.autograd.grad(expected["policy_loss"], eps_hat)
-    size, found = 1e-9 * (1 + float(slope.abs().max())), p.loss()
-    assert found.keys() == expected.keys()
-    for name, reference in expected.items():
-        agree(f"Eq. 15: {name}", found[name], reference, rtol=1e-8, atol=1e-9)
-    agree("Eq. 15: gradient to the predicted noise", p.gradient(), slope, rtol=1e-8, atol=size)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("loss", erdp.LOSSES)
-@pytest.mark.parametrize("pessimism", erdp.PESSIMISM)
-def test_eq15_gradient_equals_finite_differences(variant, loss, pessimism):
-    p = problem(variant=variant, loss=loss, pessimism=pessimism, seed=5)
-    fixed = p.args, members_of(p.critics), p.batch, p.noise, p.q_data
-    _, frozen = literal_policy_loss(*fixed, p.eps_hat)
-
-    def value(flat):
-        """The loss with lambda and the entropy's magnitude held constant, as Eq. 15's gradient does."""
-        return float(literal_policy_loss(*fixed, torch.tensor(flat).view_as(p.eps_hat), frozen)[0]["policy_loss"])
-
-    at, h = p.eps_hat.numpy().ravel(), 1e-5
-    slope = [(value(at + h * unit) - value(at - h * unit)) / (2 * h) for unit in np.eye(len(at))]
-    agree("Eq. 15: gradient", p.gradient().ravel(), slope, rtol=1e-6, atol=1e-6)
-
-
-@given(st.fixed_dictionaries(CHOICES), st.floats(1e-3, 1e3), st.integers(0, 99))
-def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(choices, c, seed):
-    p = problem(seed, entropy_coef=0.0, **choices)
-    gradient = p.gradient(critics=lambda *given, **flags: c * p.critics(*given, **flags), q_data=c * p.q_data)
-    agree("Eq. 12: lambda takes out the scale of Q", gradient, p.gradient(), rtol=1e-8)
-    without_q = p.gradient(args=Args(**vars(p.args) | dict(eta=0.0)))
-    inside = p.a_0.abs() < 1
-    assert torch.equal(without_q != p.gradient(), inside), "Eq. 12: Q's gradient reaches all actions inside the bounds"
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_eq12_alpha_zero_removes_the_entropy_term_exactly(variant):
-    p = problem(variant=variant, entropy_coef=0.0)
-    broken = p.noise._replace(a_T=torch.full_like(p.noise.a_T, torch.inf))
-    assert not torch.isfinite(p.loss(noise=broken)["entropy"]), "the entropy is infinite here"
-    loss, of_broken = (p.loss(noise=noise)["policy_loss"] for noise in (p.noise, broken))
-    assert torch.equal(loss, of_broken), "alpha = 0: the loss does not contain it"
-    assert torch.equal(p.gradient(noise=broken), p.gradient()), "alpha = 0: nor does its gradient"
-    with_it = p.gradient(args=Args(**vars(p.args) | dict(entropy_coef=0.01)))
-    assert not torch.equal(with_it, p.gradient()), "alpha = 0.01: the gradient contains it"
-
-
-@pytest.mark.parametrize("variant", ["paper", "released"])
-def test_eq15_gradients_flow_into_the_policy_alone(variant):
-    p = problem(variant=variant)
-    q_data, action = p.q_data.clone().requires_grad_(), p.batch.action.clone().requires_grad_()
-    eps_hat = p.eps_hat.clone().requires_grad_()
-    found = p.loss(q_data=q_data, eps_hat=eps_hat, batch=p.batch._replace(action=action))
-    found.pop("policy_loss").backward()
-    assert all(weight.grad is None for weight in p.critics.parameters()), "Q's weights get no gradient from Eq. 15"
-    assert q_data.grad is None, "lambda is a constant of Eq. 15"
-    assert not any(part.requires_grad for part in found.values()), "what is reported carries no graph"
-    assert eps_hat.grad.ne(0).all()
-
-
-# ==== In place of Eq. 14: the entropy by de Bruijn's identity =========================================================
-@given(st.integers(2, 200), st.sampled_from(SCHEDULES), st.floats(-1, 1))
-@example(2, "constant", 1.0)  # x_1 is Gaussian already
-def test_debruijn_sum_ends_where_x_t_is_gaussian_to_within_a_hundredth_nat(T, schedule, action):
-    """Of one action in [-1, 1]: KL of x_t from the standard Gaussian, and what its entropy lacks, by SciPy."""
-    (prime, bar), last = literal_theta(schedule, T), sde64(T, schedule).last_time
-
-    def lacks(t, action):
-        law = norm(math.exp(-bar[t]) * action, math.sqrt(-math.expm1(-2 * bar[t])))
-        kl = 0.5 * math.log(2 * math.pi) + 0.5 * (law.var() + law.mean() ** 2) - law.entropy()
-        return kl, STANDARD - law.entropy()
-
-    for t in range(last + 1, T + 1):
-        assert max(lacks(t, action)) < 0.01, "x_t after the last time"
-    assert last == 1 or min(lacks(last, 1.0)) >= 0.01 - 1e-12, "at the last time an action on the bounds is still seen"
-    left_out = prime[last + 1 :] * (1 / -np.expm1(-2 * bar[last + 1 :]) - 1)
-    assert left_out.sum() <= 0.03, "as E||E(eps | x_t)||^2 lies between var_t and 1 a dimension"
-
-
-def of_mixture(T, weights=WEIGHTS, means=MEANS, widths=WIDTHS, schedule="cosine", data=None) -> float:
-    """H-hat on the grid with the exact noise of a mixture, by Gauss-Hermite quadrature over x_t of `data`, else it."""
-    weights, means, widths = (np.asarray(part, float) for part in (weights, means, widths))
-    share, at, width = data or (weights, means, widths)
-    bar, total = literal_theta(schedule, T)[1], 0.0
-    predictor = analytic_predictor(bar, weights, means, widths)
-    node, weight = np.polynomial.hermite_e.hermegauss(80)
-    for t in range(1, T + 1):
-        spread = np.sqrt(math.exp(-2 * bar[t]) * width**2 - math.expm1(-2 * bar[t]))
-        x = torch.tensor(math.exp(-bar[t]) * at[:, None] + spread[:, None] * node).reshape(-1, 1)
-        times = torch.full((len(x),), t)
-        rows = erdp.entropy_estimate(sde64(T, schedule), predictor(x, times, None), times)
-        total += rows.numpy() @ (share[:, None] * weight / weight.sum()).ravel()
-    return total / T
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "vp"])  # "constant" has a long first step at any such T
-def test_debruijn_estimate_of_a_mixture_approaches_its_entropy_at_first_order(schedule):
-    """Up to what x_t at the last time used lacks of a Gaussian's entropy. The entropies are by quadrature."""
-
-    def entropy(bar):
-        means, spread = math.exp(-bar) * MEANS, np.sqrt(math.exp(-2 * bar) * WIDTHS**2 - math.expm1(-2 * bar))
-        quad = functools.partial(scipy.integrate.quad, points=[-1, 0, 1], limit=400, epsabs=1e-10)
-        return quad(lambda x: scipy.special.entr((WEIGHTS * norm.pdf(x, means, spread)).sum()), -8, 8)[0]
-
-    errors = []
-    for T in (100, 200, 400):
-        bar = literal_theta(schedule, T)[1]
-        lacking = STANDARD - entropy(bar[last_used(bar)])
-        errors.append(of_mixture(T, schedule=schedule) - (entropy(0.0) + lacking))
-    assert 0 < errors[-1] < 0.15, f"errors {errors}"
-    agree("half the step, half the error", np.divide(errors[:2], errors[1:]), (2.0, 2.0), rtol=0.1)
-
-
-@pytest.mark.parametrize("p, q", [((0.0, 0.3), (0.0, 0.5)), ((0.1, 0.4), (-0.3, 0.25)), ((0.0, 0.3), (0.4, 0.3))])
-def test_debruijn_estimate_of_a_policy_away_from_the_data_is_twice_h_less_the_cross_entropy(p, q):
-    """Of the data's and the policy's Gaussian (mean, deviation), with CE(p, q) = -E_p log q by quadrature."""
-
-    def twice_h_less_ce(bar):
-        data, policy = (norm(math.exp(-bar) * m, math.sqrt(math.exp(-2 * bar) * (w**2 - 1) + 1)) for m, w in (p, q))
-        return 2 * policy.entropy() + data.expect(policy.logpdf)
-
-    errors, data = [], (np.ones(1), np.array([p[0]]), np.array([p[1]]))
-    for T in (200, 400):
-        end = STANDARD - twice_h_less_ce(literal_theta("cosine", T)[1][sde64(T).last_time])
-        errors.append(of_mixture(T, [1.0], [q[0]], [q[1]], data=data) - twice_h_less_ce(0.0) - end)
-    assert abs(errors[1]) < 0.08, "the grid's error"
-    agree("without the grid's error, which is of first order", 2 * errors[1] - errors[0], 0.0, atol=2e-3)
-    assert abs(twice_h_less_ce(0.0) - norm(*q).entropy()) > 0.1, "which is not H(q)"
-
-
-@pytest.mark.parametrize("T, schedule", [(5, "cosine"), (5, "linear"), (8, "vp"), (2, "constant")])
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
-def test_debruijn_minimiser_without_q_divides_the_noise(T, schedule, alpha):
-    """By 1 + alpha T w_t: a smaller predicted noise is a larger entropy."""
-    choices = dict(variant="debruijn", entropy_coef=alpha, eta=0.0, num_diffusion_steps=T, schedule=schedule)
-    p, (prime, bar) = problem(B=20, **choices), literal_theta(schedule, T)
-    assert set(p.noise.t.tolist()) == set(range(1, T + 1))
-    weight = [prime[t] / (1 - math.exp(-2 * bar[t])) if t <= last_used(bar) else 0.0 for t in p.noise.t.tolist()]
-    best = p.noise.eps / (1 + alpha * T * torch.tensor(weight, dtype=torch.float64))[:, None]
-    agree("no gradient at the minimiser", p.gradient(eps_hat=best), 0 * best, atol=1e-12)
-    assert (p.gradient(eps_hat=best + 0.1) > 0).all() and (p.gradient(eps_hat=best - 0.1) < 0).all(), "a minimum"
-
-
-# ==== Eq. 16: Q-learning ==============================================================================================
-def tiny_critics(S=3, A=2, M=3, seed=0, hidden=4):
-    """Members with weights large enough to differ."""
-    torch.manual_seed(seed)
-    critics = QEnsemble(S, A, M, hidden).double()
-    with torch.no_grad():
-        for p in critics.parameters():
-            p.normal_()
-    return critics
-
-
-def random_batch(B=5, S=3, A=2, seed=0):
-    data = [gaussian(B, size, seed=seed + k) for k, size in enumerate((S, A, 1, S))]
-    terminal = (torch.arange(B) % 3 == 1).double()
-    return Batch(data[0], data[1].tanh(), 2 * data[2][:, 0], data[3], terminal)
-
-
-def literal_targets(members, batch, next_action, discount, pessimism):
-    """y_m of Eq. 16, (M, B), in loops over members, transitions and candidates."""
-    rows = []
-    for member in members:
-        q = [[literal_q(member, s, candidate[b]) for candidate in next_action] for b, s in enumerate(batch.next_state)]
-        rows.append([max(of_candidates) for of_candidates in q])
-    if pessimism == "min":
-        rows = [[min(column) for column in zip(*rows)]] * len(members)
-    not_over = 1 - batch.terminal
-    return torch.stack([batch.reward + discount * not_over * torch.stack(row) for row in rows])
-
-
-def literal_q(member, state, action):
-    """Q of one member, from its parameters by name, at one state and action: a scalar."""
-    h = torch.cat([state, action])
-    for layer in range(4):
-        h = h @ member[f"weights.{layer}"] + member[f"biases.{layer}"][0]
-        h = literal_mish(h) if layer < 3 else h
-    return h[0]
-
-
-def literal_q_of(members, state, action):
-    return torch.stack([torch.stack([literal_q(member, s, a) for s, a in zip(state, action)]) for member in members])
-
-
-def eq16(critics, target, batch, next_action, **choices):
-    """Loss and Q(s, a) of erdp's critic loss."""
-    next_state = batch.next_state.expand(len(next_action), -1, -1)
-    found = erdp.critic_loss(critics, target, batch, next_state, next_action, Args(**choices))
-    assert found.keys() == {"critic_loss", "q"}
-    return found["critic_loss"], found["q"]
-
-
-@settings(max_examples=25)
-@given(*[st.integers(1, 4)] * 3, st.floats(0, 1), st.sampled_from([*erdp.PESSIMISM]), st.integers(0, 999))
-def test_eq16_equals_loops_over_members_transitions_and_candidates(M, B, C, discount, pessimism, seed):
-    critics, target = tiny_critics(M=M, seed=seed), tiny_critics(M=M, seed=seed + 1)
-    batch, next_action = random_batch(B, seed=seed), gaussian(C, B, 2, seed=seed + 9).tanh()
-    loss, q = eq16(critics, target, batch, next_action, pessimism=pessimism, discount=discount)
-    y = literal_targets(members_of(target), batch, next_action, discount, pessimism)
-    expected = literal_q_of(members_of(critics), batch.state, batch.action)
-    agree("Eq. 16: Q(s, a) (M, B)", q, expected)
-    agree("Eq. 16: squared error, mean over members and batch", loss, ((expected - y) ** 2).sum() / (M * B))
-
-
-def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient():
-    critics, target, batch = tiny_critics(), tiny_critics(seed=1), random_batch()
-    next_action = gaussian(2, 5, 2).requires_grad_()
-    loss, q = eq16(critics, target, batch, next_action)
-    loss.backward()
-    assert next_action.grad is None and all(p.grad is None for p in target.parameters()), "y is a constant of Eq. 16"
-    assert not q.requires_grad, "Q(s, a) is reported without its graph"
-    assert all(p.grad is not None and p.grad.any() for p in critics.parameters()), "Eq. 16 trains all of Q"
-
-
-# ==== Eq. 17: the ensemble's pessimism ================================================================================
-@pytest.mark.parametrize("unbiased", [False, True], ids=["divisor M", "divisor M - 1"])
-def test_eq17_has_the_means_gradient_where_members_agree(unbiased):
-    q = torch.full((4, 3), 0.7, dtype=torch.float64)
-    q[:, 1] = gaussian(4)
-    q.requires_grad_()
-    value = erdp.lcb(q, 4.0, unbiased)
-    agree("Eq. 17 at equal members", value[[0, 2]], [0.7, 0.7])
-    value.sum().backward()
-    agree("Eq. 17: gradient at equal members", q.grad[:, [0, 2]], np.full((4, 2), 1 / 4))
-
-    def others(flat):
-        return flat.mean() - 4 * flat.std(ddof=int(unbiased))
-
-    agree("Eq. 17 elsewhere", value[1], others(q.detach().numpy()[:, 1]))
-    slope = scipy.optimize.approx_fprime(q.detach().numpy()[:, 1], others, 1e-7)
-    agree("Eq. 17: gradient elsewhere", q.grad[:, 1], slope, rtol=1e-5, atol=1e-5)
-
-
-# Of q (M, B), in loops over the members.
-LITERAL_PESSIMISM = dict(lcb=lambda q, args: literal_lcb(q, args), min=lambda q, args: torch.stack([*map(min, q.T)]))
-
-
-def literal_lcb(q, args):
-    M, mean = len(q), sum(q) / len(q)
-    if M == 1:
-        return mean
-    squares = sum((member - mean) ** 2 for member in q)
-    return mean - args.lcb_coef * torch.sqrt(squares / (M - 1 if args.variant == "released" else M))
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        x, y = (points.to(dtype).requires_grad_() for _ in range(2))
+        agree(f"mish, as it runs uncompiled, {dtype}", erdp.mish(x), F.mish(x), rtol=0, atol=0)
+        with monkeypatch.context() as compiling:
+            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+            value, expected = erdp.mish(x), F.mish(y)
+        agree(f"mish, as it is compiled, {dtype}", value, expected, rtol=tolerance, atol=1e-37)
+        value.sum().backward()
+        expected.sum().backward()
+        agree(f"mish's gradient, as it is compiled, {dtype}", x.grad, y.grad, rtol=tolerance, atol=10 * tolerance)
+
+
+# ==== Section 4.1: acting =============================================================================================
+def test_section_4_1_acts_by_softmax_over_the_candidates_values():
+    value = torch.tensor([0.3, -1.0, 1.2, 0.5])
+    p, *others = (scipy.special.softmax(scale * value.numpy()) for scale in (1.0, 0.9, 1.1, -1.0, 0.0))
+    N, generator = 200_000, torch.Generator().manual_seed(0)
+    candidates = torch.arange(4.0)[:, None].expand(N, 4, 2)
+    u = torch.rand(N, 1, generator=generator, dtype=torch.float64)
+    chosen = erdp.choose_action(candidates, value.expand(N, 4), u)
+    assert torch.equal(chosen[:, 0], chosen[:, 1]), "both dimensions are of the same candidate"
+    assert_counts("softmax", chosen[:, 0].long().bincount(minlength=4), p, [*others, np.roll(p, 1)])
+
+
+def test_section_4_1_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it():
+    quarters, tenths, first_is_out = [0.0] * 4, [5e4] * 10, [-math.inf, 0.0, 0.0]
+    edges = [(quarters, u, n) for u, n in ((0.0, 0), (np.nextafter(0.25, 0), 0), (0.25, 1), (0.75, 3))]
+    last = np.nextafter(1, 0)  # which ten shares of 0.1 do not exceed, as they are rounded
+    for value, u, expected in [*edges, (quarters, last, 3), (tenths, last, 9), (first_is_out, 0.0, 1)]:
+        candidates = torch.arange(len(value))[None, :, None]
+        u = torch.full((1, 1), u, dtype=torch.float64)
+        assert erdp.choose_action(candidates, torch.tensor([value]), u).item() == expected, f"u = {u}, values {value}"
+    assert np.cumsum([0.1] * 10)[-1] == last
 
 
 # ==== Algorithm 1 =====================================================================================================
@@ -1161,7 +1155,7 @@ class Algorithm1:
         bar = literal_theta(args.schedule, T)[1][noise.t.numpy()]
         scale, std = (torch.tensor(c)[:, None] for c in (np.exp(-bar), np.sqrt(1 - np.exp(-2 * bar))))
         eps_hat = literal_noise_network(self.policy, scale * batch.action + std * noise.eps, noise.t, batch.state)
-        terms, _ = literal_policy_loss(args, self.critics, batch, noise, q.detach(), eps_hat)
+        terms = literal_policy_loss(args, self.critics, batch, noise, q.detach(), eps_hat)
         self.policy_adam.descend(terms["policy_loss"], args.grad_norm)
         # the target networks
         with torch.no_grad():
@@ -1212,7 +1206,7 @@ def tiny_agent(device="cpu", dtype=torch.float64, **choices) -> Agent:
 def random_noise(args: Args, generator) -> Noise:
     """What `sample_noise` fills, in float64."""
     noise = moved(erdp.noise_buffers(args, 2, "cpu"), "cpu")
-    erdp.sample_noise(noise, 100, generator)
+    erdp.sample_noise(noise, generator)
     return noise
 
 
@@ -1231,12 +1225,10 @@ ALGORITHM1 = {
     "one member": dict(num_critics=1, variant="released", entropy_coef=0.0, schedule="constant"),
     "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=3, ema_start=0, critic_lr=1e-2),
 }
-SHORT_ROUNDS = [*itertools.product(ALGORITHM1, [1], [0, 1000]), ("clipped gradients", 3, 999), ("other rates", 3, 999)]
-LONG_ROUNDS = [pytest.param(name, 20, 990, marks=pytest.mark.slow) for name in ALGORITHM1]
 
 
-@pytest.mark.parametrize("name, updates, start", SHORT_ROUNDS + LONG_ROUNDS)
-def test_algorithm1_updates_equal_literal_ones(name, updates, start):
+def check_algorithm1(name, updates, start):
+    """Updates from number `start` on are the literal ones: metrics, weights, targets, the optimisers' moments."""
     agent, generator = tiny_agent(**ALGORITHM1[name]), torch.Generator().manual_seed(1)
     agent.updates.fill_(start)
     literal = Algorithm1(agent)
@@ -1244,11 +1236,34 @@ def test_algorithm1_updates_equal_literal_ones(name, updates, start):
         batch, noise = random_batch(agent.args.batch_size, seed=100 * k), random_noise(agent.args, generator)
         metrics, expected = erdp.update(agent, batch, noise), literal.update(batch, noise)
         assert metrics.keys() == expected.keys() == set(erdp.METRICS)
-        for name, value in metrics.items():
-            assert not value.requires_grad, "Algorithm 1's metrics must not keep the graphs of all updates alive"
-            agree(f"Algorithm 1, update {start + k}: {name}", value, expected[name], rtol=1e-8)
-        literal.compare(agent, f"Algorithm 1 after update {start + k}")
+        for key, value in metrics.items():
+            assert not value.requires_grad, f"{name}: metrics must not keep the graphs of all updates alive"
+            agree(f"Algorithm 1, {name}, update {start + k}: {key}", value, expected[key], rtol=1e-8)
+        literal.compare(agent, f"Algorithm 1, {name}, after update {start + k}")
     assert agent.updates == start + updates
+
+
+def test_algorithm1_updates_equal_literal_ones():
+    for name, start in itertools.product(ALGORITHM1, (0, 1000)):
+        check_algorithm1(name, 1, start)
+    for name in ("clipped gradients", "other rates"):
+        check_algorithm1(name, 3, 999)
+
+
+@pytest.mark.slow
+def test_algorithm1_twenty_updates_in_a_row_equal_literal_ones():
+    for name in ALGORITHM1:
+        check_algorithm1(name, 20, 990)
+
+
+def test_algorithm1_moves_the_ema_policy_at_multiples_of_ema_every_from_ema_start_on():
+    agent, generator, moves = tiny_agent(ema_start=7, ema_every=5), torch.Generator().manual_seed(0), []
+    for k in range(21):
+        before = [p.clone() for p in agent.policy_ema.parameters()]
+        erdp.update(agent, random_batch(4), random_noise(agent.args, generator))
+        if not all(map(torch.equal, before, agent.policy_ema.parameters())):
+            moves.append(k)
+    assert moves == [10, 15, 20], "at multiples of 5, as in the released code, and not at 7, 12, 17"
 
 
 def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
@@ -1268,7 +1283,7 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
         assert (group["betas"], group["eps"], group["weight_decay"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, 0, False)
         assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
     others = dict(schedule="vp", num_diffusion_steps=7, hidden=9, critic_lr=0.1, precision="bf16")
-    for choices in (dict(), dict(precision="tf32"), others):
+    for choices in (dict(), dict(precision="tf32", device="cuda"), others):
         args = Args(num_critics=2, **choices)
         agent = Agent(2, 1, args)
         agree("the agent's SDE", agent.sde.theta_bar, literal_theta(args.schedule, args.num_diffusion_steps)[1])
@@ -1278,127 +1293,123 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
         assert agent.critics.bf16 == agent.critics_target.bf16 == (args.precision == "bf16")
 
 
-def test_algorithm1_draws_rows_times_and_gaussians_of_their_laws():
+def test_algorithm1_draws_times_and_gaussians_of_their_laws():
     noise = erdp.noise_buffers(Args(batch_size=60_000), 1, "cpu")
     places = [part.data_ptr() for part in noise]
-    erdp.sample_noise(noise, 7, torch.Generator().manual_seed(0))
+    erdp.sample_noise(noise, torch.Generator().manual_seed(0))
     assert [part.data_ptr() for part in noise] == places, "the buffers are filled in place"
-    assert noise.t.min() == 1 and noise.rows.min() == 0, "times begin at 1, rows at 0"
-    assert_uniform("diffusion times are uniform on 1..T", noise.t.bincount()[1:], 5, 0.1, comparisons=13)
-    assert_uniform("rows are uniform on 0..N-1", noise.rows.bincount(), 7, 0.15, comparisons=13)
-    pairs = (noise.rows * 5 + noise.t - 1).bincount()
-    assert_uniform("rows and times are independent", pairs, 35, 0.5, comparisons=13)
+    assert noise.t.min() == 1, "times begin at 1"
+    assert_uniform("diffusion times are uniform on 1..T", noise.t.bincount()[1:], 5, 0.1, comparisons=12)
     gaussians = [noise.eps, noise.a_T, *noise.next_action[:, 0]]
     for gaussian_part in gaussians:
-        assert_law("standard Gaussian noise", gaussian_part, norm, sees=0.03, comparisons=13)
+        assert_law("standard Gaussian noise", gaussian_part, norm, sees=0.03, comparisons=12)
     products = torch.stack([a * b for k, a in enumerate(gaussians) for b in gaussians[:k]], -1)
     assert_mean("the noises are independent", products, 0.0, sees=0.05, comparisons=3)
     for seed, same in ((0, True), (1, False)):
         again = erdp.noise_buffers(Args(batch_size=60_000), 1, "cpu")
-        erdp.sample_noise(again, 7, torch.Generator().manual_seed(seed))
-        assert [torch.equal(a, b) for a, b in zip(noise, again)] == [same] * 5, "noise is a function of the generator"
+        erdp.sample_noise(again, torch.Generator().manual_seed(seed))
+        assert [torch.equal(a, b) for a, b in zip(noise, again)] == [same] * 4, "noise is a function of the generator"
 
 
-# ==== Table 4, Section 4.1, and the rows of Tables 1 and 2 ============================================================
-SECTION_4_1 = dict(variant="paper", num_critics=64, lcb_coef=4.0, entropy_coef=0.01, num_diffusion_steps=5)
-SECTION_4_1 |= dict(batch_size=256, hidden=256, discount=0.99, critic_lr=3e-4, eval_every=50_000, eval_candidates=50)
-SECTION_4_1 |= dict(target_rate=0.005, ema_rate=0.005, ema_every=5, ema_start=1000, schedule="cosine", pessimism="lcb")
-MOST = SECTION_4_1 | dict(num_steps=1_000_000, eval_episodes=100)
-LIKELIHOOD, NOISE = dict(loss="likelihood", clip_denoised=False), dict(loss="noise", clip_denoised=True)
-TABLE_4 = {
-    "gym": MOST | LIKELIHOOD | dict(lr=3e-4, eta=1.0, max_q_backup=False, grad_norm=4.0),
-    "antmaze": MOST | NOISE | dict(lr=3e-4, eta=2.0, max_q_backup=True, grad_norm=4.0),
-    "adroit": MOST | NOISE | dict(lr=3e-5, eta=0.1, max_q_backup=False, grad_norm=8.0),
-    "kitchen": MOST | LIKELIHOOD | dict(lr=3e-4, eta=0.005, max_q_backup=False, grad_norm=10.0),
-}
-TABLE_4["gym"] |= dict(num_steps=2_000_000, eval_episodes=10)
-CHEETAH, HOPPER, WALKER = (-280.178953, 12135.0), (-20.272305, 3234.3), (1.629008, 4592.3)
-PEN = (96.262799, 3076.8331017826877)
-OWN_ROWS = {"toy"}  # rows that are not the paper's
-TABLES_1_AND_2 = {  # row: domain, data set without its version if it is Minari's, environment, reference returns
-    "halfcheetah-medium-v2": ("gym", "halfcheetah_medium-v2.hdf5", "HalfCheetah-v4", CHEETAH),
-    "hopper-medium-v2": ("gym", "hopper_medium-v2.hdf5", "Hopper-v4", HOPPER),
-    "walker2d-medium-v2": ("gym", "walker2d_medium-v2.hdf5", "Walker2d-v4", WALKER),
-    "halfcheetah-medium-replay-v2": ("gym", "halfcheetah_medium_replay-v2.hdf5", "HalfCheetah-v4", CHEETAH),
-    "hopper-medium-replay-v2": ("gym", "hopper_medium_replay-v2.hdf5", "Hopper-v4", HOPPER),
-    "walker2d-medium-replay-v2": ("gym", "walker2d_medium_replay-v2.hdf5", "Walker2d-v4", WALKER),
-    "halfcheetah-medium-expert-v2": ("gym", "halfcheetah_medium_expert-v2.hdf5", "HalfCheetah-v4", CHEETAH),
-    "hopper-medium-expert-v2": ("gym", "hopper_medium_expert-v2.hdf5", "Hopper-v4", HOPPER),
-    "walker2d-medium-expert-v2": ("gym", "walker2d_medium_expert-v2.hdf5", "Walker2d-v4", WALKER),
-    "antmaze-umaze-v0": ("antmaze", "D4RL/antmaze/umaze", None, (0, 1)),
-    "antmaze-umaze-diverse-v0": ("antmaze", "D4RL/antmaze/umaze-diverse", None, (0, 1)),
-    "antmaze-medium-play-v0": ("antmaze", "D4RL/antmaze/medium-play", None, (0, 1)),
-    "antmaze-medium-diverse-v0": ("antmaze", "D4RL/antmaze/medium-diverse", None, (0, 1)),
-    "antmaze-large-play-v0": ("antmaze", "D4RL/antmaze/large-play", None, (0, 1)),
-    "antmaze-large-diverse-v0": ("antmaze", "D4RL/antmaze/large-diverse", None, (0, 1)),
-    "pen-human-v1": ("adroit", "D4RL/pen/human", None, PEN),
-    "pen-cloned-v1": ("adroit", "D4RL/pen/cloned", None, PEN),
-    "kitchen-complete-v0": ("kitchen", "D4RL/kitchen/complete", None, (0, 4)),
-    "kitchen-partial-v0": ("kitchen", "D4RL/kitchen/partial", None, (0, 4)),
-    "kitchen-mixed-v0": ("kitchen", "D4RL/kitchen/mixed", None, (0, 4)),
-}
+# ==== Appendix: Eq. 28, 30, 40 and A.3 ================================================================================
+@given(cases())
+def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
+    x_t, std = case.x.numpy(), np.sqrt(-np.expm1(-2 * case.bar))
+    law = norm(np.exp(-case.bar) * case.y.numpy(), std)
+    gradient = (law.logpdf(x_t + std) - law.logpdf(x_t - std)) / (2 * std)  # exact: the log density is a parabola
+    scale = 1 + np.abs(law.logpdf(x_t)).max() / std.min()
+    agree("Eq. 28", case.sde.score(case.x, case.y, case.t), gradient, atol=1e-12 * scale)
 
 
-@pytest.mark.parametrize("env", TABLES_1_AND_2)
-def test_table4_and_the_rows_of_tables_1_and_2_are_the_papers(env, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    row, (domain, dataset, env_id, returns) = erdp.ROWS[env], TABLES_1_AND_2[env]
-    assert (row.domain, row.dataset, row.env, (row.ref_min, row.ref_max)) == (domain, dataset, env_id, returns)
-    steps = dict(gym=1000, antmaze=700 if "umaze" in env else 1000, adroit=100, kitchen=280)  # D4RL's time limits
-    assert row.max_steps == steps[domain]
-    args, asterisk = vars(erdp.preset(env)), dict(max_q_backup=False) if env == "antmaze-umaze-v0" else {}
-    expected = TABLE_4[domain] | asterisk | dict(env=env, seed=0, device="cpu", compile=False, precision="float32")
-    assert {name: args[name] for name in expected} == expected
-    program = {"dataset", "eval_env", "run_dir", "resume", "eval_only", "checkpoint", "q_time"}
-    assert args.keys() >= expected.keys() | program and not any(args[name] for name in program)
+@given(cases())
+def test_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation(case):
+    x_0, eps = case.x, case.y
+    score = case.sde.score(case.sde.diffuse(x_0, case.t, eps), x_0, case.t)
+    agree("Eq. 30 of Eq. 4", score, -eps.numpy() / np.sqrt(1 - np.exp(-2 * case.bar)))
 
 
-def test_tables_1_and_2_have_these_rows():
-    own = erdp.ROWS.keys() - TABLES_1_AND_2.keys()
-    assert own == OWN_ROWS and len(TABLES_1_AND_2) == 20, "add the names of rows of your own to OWN_ROWS"
-    for env in own:
+@given(cases(first=2))
+def test_eq38_posterior_mean_is_the_optimal_reverse_path(case):
+    """Eq. 38's cost is a parabola in x_{t-1}: its least value lies halfway between two points of equal cost."""
+
+    def cost(x):
+        likelihood, prior, _ = log_densities_of_eq34(case, x, case.x.numpy(), case.y.numpy())
+        return -likelihood - prior
+
+    mean, var = (moment.numpy() for moment in case.sde.posterior(case.x, case.y, case.t))
+    before, at, after = (cost(mean + step * np.sqrt(var)) for step in (-1, 0, 1))
+    agree("A.3: as far before the mean as after it", after - before, 0 * mean, atol=1e-9 * (1 + np.abs(at).max()))
+    assert (after > at).all(), "A.3: a minimum of Eq. 37"
+
+
+@given(cases())
+def test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser(case):
+    x_t = case.sde.diffuse(case.x, case.t, case.y)
+    found, least = (erdp.LOSSES["posterior"](case.sde, case.x, x_t, case.t, case.y, eps) for eps in (case.z, case.y))
+    agree("at the true noise", least, 0.0, atol=1e-18)
+    weight = 2 * np.sinh(case.prime) / np.sqrt(1 - np.exp(-2 * case.bar))  # Eq. 8's factor in the posterior mean
+    expected = np.mean((weight * (case.z - case.y).numpy()) ** 2)
+    agree("elsewhere, the weighted error of the noise", found, expected)
+
+
+# ==== Tables 1, 2 and 4, and Section 4.1's settings ===================================================================
+# Section 4.1, and the lines of Table 4 that all domains share.
+SHARED = dict(variant="paper", num_critics=64, lcb_coef=4.0, entropy_coef=0.01, num_diffusion_steps=5, hidden=256)
+SHARED |= dict(batch_size=256, discount=0.99, critic_lr=3e-4, eval_every=50_000, eval_candidates=50, schedule="cosine")
+SHARED |= dict(target_rate=0.005, ema_rate=0.005, ema_every=5, ema_start=1000, pessimism="lcb")
+COLUMNS_OF_TABLE_4 = "lr eta max_q_backup grad_norm loss clip_denoised num_steps eval_episodes".split()
+TABLE_4 = dict(
+    gym=(3e-4, 1.0, False, 4.0, "likelihood", False, 2_000_000, 10),
+    antmaze=(3e-4, 2.0, True, 4.0, "noise", True, 1_000_000, 100),  # max Q-backup is off in antmaze-umaze-v0
+    adroit=(3e-5, 0.1, False, 8.0, "noise", True, 1_000_000, 100),
+    kitchen=(3e-4, 0.005, False, 10.0, "likelihood", False, 1_000_000, 100),
+)
+# The rows of Table 1 (Gym) and Table 2 (AntMaze, Adroit, Kitchen).
+ROWS_OF_TABLES_1_AND_2 = """
+halfcheetah-medium-v2 hopper-medium-v2 walker2d-medium-v2 halfcheetah-medium-replay-v2 hopper-medium-replay-v2
+walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-medium-expert-v2 walker2d-medium-expert-v2
+antmaze-umaze-v0 antmaze-umaze-diverse-v0 antmaze-medium-play-v0 antmaze-medium-diverse-v0 antmaze-large-play-v0
+antmaze-large-diverse-v0 pen-human-v1 pen-cloned-v1 kitchen-complete-v0 kitchen-partial-v0 kitchen-mixed-v0
+""".split()
+D4RL = dict(  # domain, environment, time limit, and the returns of score 0 and 100
+    halfcheetah=("gym", "HalfCheetah-v4", 1000, -280.178953, 12135.0),
+    hopper=("gym", "Hopper-v4", 1000, -20.272305, 3234.3),
+    walker2d=("gym", "Walker2d-v4", 1000, 1.629008, 4592.3),
+    antmaze=("antmaze", None, 1000, 0, 1),
+    pen=("adroit", None, 100, 96.262799, 3076.8331017826877),
+    kitchen=("kitchen", None, 280, 0, 4),
+)
+PROGRAM = dict(env="toy", seed=0, device="cpu", compile=False, precision="float32", resume=False)
+PROGRAM |= dict.fromkeys(("dataset", "eval_env", "run_dir", "eval_only", "q_time"))
+OWN_ROWS = {"toy", "own"}  # rows that are not the paper's
+
+
+def test_tables_1_and_2_have_these_rows_by_d4rls_rules():
+    for env in ROWS_OF_TABLES_1_AND_2:
+        robot, level = env[:-3].split("-", 1)
+        domain, env_id, steps, *returns = D4RL[robot]
+        steps = 700 if level.startswith("umaze") else steps
+        version = 1 if robot == "antmaze" else 2
+        dataset = f"D4RL/{robot}/{level}-v{version}" if env_id is None else f"{env[:-3].replace('-', '_')}-v2.hdf5"
+        assert erdp.ROWS[env] == (domain, dataset, env_id, steps, *returns), env
+    others = erdp.ROWS.keys() - ROWS_OF_TABLES_1_AND_2
+    assert others == OWN_ROWS, f"add the names of rows of your own to OWN_ROWS: {others - OWN_ROWS}"
+    for env in others:
         row = erdp.ROWS[env]
-        assert isinstance(erdp.preset(env), Args) and row.domain in erdp.DOMAINS and row.max_steps > 0
-        assert row.ref_min != row.ref_max, "two returns, of score 0 and 100"
+        assert row.domain in erdp.DOMAINS and (row.max_steps or 1) > 0, env
+        assert row.ref_min != row.ref_max, f"{env}: two returns, of score 0 and 100"
 
 
-def test_presets_of_the_toy_and_of_unknown_data_and_with_a_gpu(monkeypatch):
-    for available, device in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        args = erdp.preset("hopper-medium-v2")
-        assert (args.device, args.compile, args.precision) == (device, available, "tf32" if available else "float32")
-    toy = erdp.preset("toy")
-    assert (toy.max_q_backup, toy.loss, toy.clip_denoised, toy.variant) == (False, "noise", True, "paper")
-    assert (toy.num_diffusion_steps, toy.entropy_coef, toy.lcb_coef, toy.pessimism) == (5, 0.01, 4.0, "lcb")
-    assert erdp.domain_of("toy") == "toy" and erdp.domain_of("elsewhere") == "own"
-    assert erdp.preset("elsewhere") == Args(env="elsewhere", device="cuda", compile=True, precision="tf32")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for device, precision in (("cpu", "float32"), ("cuda:1", "tf32"), ("cuda", "tf32")):
-        args = erdp.parse(["--device", device])
-        assert (args.device, args.compile, args.precision) == (device, device != "cpu", precision), "what is its own"
-    assert erdp.parse([]) == args, "a GPU that is there is used"
+def test_table_4_is_the_preset_of_every_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for env in ROWS_OF_TABLES_1_AND_2:
+        expected = SHARED | dict(zip(COLUMNS_OF_TABLE_4, TABLE_4[D4RL[env.partition("-")[0]][0]]))
+        if env == "antmaze-umaze-v0":
+            expected["max_q_backup"] = False
+        assert vars(erdp.preset(env)) == expected | PROGRAM | dict(env=env), env
 
 
-@pytest.mark.parametrize("device, number", [("cuda", 0), ("cuda:1", 1)])
-def test_runs_on_a_gpu_make_it_the_current_device(device, number, tmp_path, monkeypatch):
-    current = []
-    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)  # what PyTorch itself calls
-    monkeypatch.setattr(erdp, "open_task", lambda args: pytest.fail("reached", pytrace=False))
-    with pytest.raises(pytest.fail.Exception, match="reached"):
-        erdp.train(Args(env="toy", device=device, run_dir=str(tmp_path / "run")))
-    assert current == [number], "before the data are read"
-
-
-@pytest.mark.parametrize("env", ["toy", "antmaze-umaze-v0", "hopper-medium-v2"])
-def test_presets_of_a_variant_are_its_alpha_alone(env):
-    for variant, alpha in (("paper", 0.01), ("released", 0.01), ("debruijn", 0.03)):
-        argv = ["--env", env, "--variant", variant, "--loss", "posterior"]
-        changes = dict(variant=variant, loss="posterior", entropy_coef=alpha)
-        assert erdp.parse(argv) == dataclasses.replace(erdp.preset(env), **changes)
-        assert erdp.parse([*argv, "--entropy-coef", "0.2"]).entropy_coef == 0.2
-
-
-def test_table4_defaults_in_signatures_are_the_papers():
+def test_table_4_defaults_in_signatures_are_the_papers():
     def defaults(function):
         parameters = inspect.signature(function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -1409,8 +1420,54 @@ def test_table4_defaults_in_signatures_are_the_papers():
     assert defaults(QEnsemble.forward) == dict(frozen=False)
     assert defaults(erdp.sample_actions) == dict(clip_denoised=True, clip_sample=True)
     assert defaults(erdp.lcb) == dict(beta=4.0, unbiased=False)
-    expected = MOST | NOISE | dict(lr=3e-4, eta=1.0, max_q_backup=False, grad_norm=4.0)
-    assert {name: vars(Args())[name] for name in expected} == expected
+    columns = zip(COLUMNS_OF_TABLE_4, (3e-4, 1.0, False, 4.0, "noise", True, 1_000_000, 100))
+    assert vars(Args()) == SHARED | dict(columns) | PROGRAM
+
+
+def test_table_4_holds_in_every_variant_but_for_debruijns_alpha():
+    for env in ("toy", "antmaze-umaze-v0", "hopper-medium-v2"):
+        for variant, alpha in (("paper", 0.01), ("released", 0.01), ("debruijn", 0.03)):
+            argv = ["--env", env, "--variant", variant, "--loss", "posterior"]
+            changes = dict(variant=variant, loss="posterior", entropy_coef=alpha)
+            assert erdp.parse(argv) == dataclasses.replace(erdp.preset(env), **changes), f"{env}, {variant}"
+    assert erdp.parse([*argv, "--entropy-coef", "0.2"]).entropy_coef == 0.2
+
+
+def test_presets_of_the_toy_and_of_ones_own_data_and_with_a_gpu(monkeypatch):
+    for available, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        args = erdp.preset("hopper-medium-v2")
+        assert (args.device, args.compile, args.precision) == (device, available, "tf32" if available else "float32")
+    toy = erdp.preset("toy")
+    assert (toy.max_q_backup, toy.loss, toy.clip_denoised, toy.variant) == (False, "noise", True, "paper")
+    assert (toy.num_diffusion_steps, toy.entropy_coef, toy.lcb_coef, toy.pessimism) == (5, 0.01, 4.0, "lcb")
+    assert erdp.preset("own") == Args(env="own", device="cuda", compile=True, precision="tf32")
+    for device, precision in (("cpu", "float32"), ("cuda:1", "tf32"), ("cuda", "tf32")):
+        args = erdp.parse(["--device", device])
+        assert (args.device, args.compile, args.precision) == (device, device != "cpu", precision), "what is its own"
+    assert erdp.parse([]) == args, "a GPU that is there is used"
+
+
+def test_use_device_makes_a_gpu_the_current_one_and_gives_small_networks_one_thread(monkeypatch):
+    for choices, gpu, threads, products in (
+        (dict(device="cuda"), [0], [], ["highest"]),
+        (dict(device="cuda:1", precision="tf32"), [1], [], ["high"]),
+        (dict(hidden=64), [], [1], None),  # None: by the kind of CPU
+        (dict(hidden=65), [], [], None),
+    ):
+        done = [], [], []
+        monkeypatch.setattr(torch._C, "_cuda_setDevice", done[0].append, raising=False)  # what PyTorch itself calls
+        monkeypatch.setattr(torch, "set_num_threads", done[1].append)
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", done[2].append)
+        erdp.use_device(Args(**choices))
+        assert done == (gpu, threads, products or done[2]), choices
+
+
+# The page of claims: all tests above that are named after something in the paper, or that goes beyond it
+CLAIMS = "eq|figure2|debruijn|noise_network|ensemble|section_4_1|algorithm1|table"
+for name, claim in [*globals().items()]:
+    if re.match(f"test_({CLAIMS})", name):
+        pytest.mark.paper(claim)
 
 
 # ==== Data ============================================================================================================
@@ -3075,14 +3132,14 @@ def test_update_checks_see_what_waits_or_draws(code):
 
 
 def prepared(**choices):
-    """(a function that makes one update in place, agent, noise, data, latest metrics), as `erdp.train` sets them up."""
+    """(a function that makes one update in place, agent, noise, data, latest metrics), as a Run sets them up."""
     agent = tiny_agent(dtype=torch.float32, **choices)
     noise = random_noise(agent.args, torch.Generator().manual_seed(0))
     data, noise = (moved(values, "cpu", torch.float32) for values in (random_batch(100), noise))
-    latest = torch.zeros(len(erdp.METRICS))
+    latest, rows = torch.zeros(len(erdp.METRICS)), torch.arange(agent.args.batch_size)
 
     def learn():
-        measured = erdp.update(agent, Batch(*(column[noise.rows] for column in data)), noise)
+        measured = erdp.update(agent, Batch(*(column[rows] for column in data)), noise)
         latest.copy_(torch.stack([measured[name] for name in erdp.METRICS]))
 
     return learn, agent, noise, data, latest
@@ -3104,7 +3161,7 @@ def test_update_neither_waits_nor_draws_and_works_in_place_at_static_addresses(n
     before, values = addresses(*tensors), [p.detach().clone() for p in agent.critics.parameters()]
     drawn = torch.get_rng_state()
     for seed in range(3):
-        erdp.sample_noise(noise, 100, torch.Generator().manual_seed(seed))
+        erdp.sample_noise(noise, torch.Generator().manual_seed(seed))
         with NoWaitNorDraw(), NoHostCopies():
             learn()
     assert addresses(*tensors) == before and torch.equal(torch.get_rng_state(), drawn)
@@ -3121,12 +3178,26 @@ def test_update_works_at_the_same_addresses_after_a_checkpoint_was_loaded():
     assert all(after[key] == where for key, where in before.items())
 
 
+def test_captured_calls_run_thrice_on_a_stream_of_their_own_then_as_replays_of_one_capture(monkeypatch):
+    """By the calls of torch.cuda, in their order."""
+    cuda = MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    step = erdp.Captured(cuda.run)
+    wait = ["current_stream", "Stream().wait_stream"], ["current_stream", "current_stream().wait_stream"]
+    plain = ["Stream", *wait[0], "stream", "stream().__enter__", "run", "stream().__exit__", *wait[1]]
+    capture, replay = ["graph", "graph().__enter__", "run", "graph().__exit__"], ["CUDAGraph().replay"]
+    for k, expected in enumerate([plain, plain, plain, capture + replay, replay, replay]):
+        cuda.reset_mock()
+        step()
+        assert [name for name, *_ in cuda.mock_calls] == expected, f"call {k}"
+
+
 @pytest.mark.parametrize("rows, inner, columns", [(256, 256, 256), (8, 39, 256), (2560, 55, 256), (3, 5, 2)])
 @pytest.mark.parametrize("lead", [(), (1,), (64,)], ids=str)
 def test_float32_products_stay_float32_whatever_library_makes_them(rows, inner, columns, lead, request):
     """bfloat16 factors would be wrong by 2**-9 an element, TF32 ones by 2**-12."""
     request.addfinalizer(functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
-    erdp.set_matmul_precision(Args())
+    erdp.use_device(Args())
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*lead, *size, generator=generator) for size in ((rows, inner), (inner, columns)))
     for x, y in ((a, b), (a.mT, a @ b), (a @ b, b.mT)):  # as in a forward and a backward pass
@@ -3167,17 +3238,19 @@ def check_fast_updates(device, updates, capture=False, **choices):
     eager, fast = tiny_agent(device, **choices | dict(compile=False)), tiny_agent(device, **choices)
     generator = torch.Generator().manual_seed(1)
     data, noise = moved(random_batch(100), device), moved(random_noise(eager.args, generator), device)
-    latest = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
+    rows = torch.zeros(eager.args.batch_size, dtype=torch.int64, device=device)
+    latest = torch.zeros(len(erdp.METRICS), dtype=torch.float64, device=device)
 
     def measured(agent):
-        found = erdp.update(agent, Batch(*(column[noise.rows] for column in data)), noise)
-        return torch.stack([found[name] for name in LOSSES])
+        found = erdp.update(agent, Batch(*(column[rows] for column in data)), noise)
+        return torch.stack([found[name] for name in erdp.METRICS])
 
     def learn():
         latest.copy_(measured(fast))
 
     step = erdp.Captured(learn) if capture else learn
     for k in range(updates):
+        rows.copy_(torch.randint(100, rows.shape, generator=generator))
         for buffer, fresh in zip(noise, random_noise(eager.args, generator)):
             buffer.copy_(fresh)
         step()
@@ -3201,15 +3274,3 @@ def test_compiled_updates_are_the_eager_ones(device, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ALGORITHM1)
 def test_cuda_captured_updates_are_the_eager_ones(name):
     check_fast_updates("cuda", 100, capture=True, **dict(ema_start=20) | ALGORITHM1[name])
-
-
-@pytest.mark.slow
-@needs_cuda
-def test_cuda_takes_over_a_run_of_the_cpu_and_gives_it_back(finished, tmp_path):
-    folder = tmp_path / "run"
-    assert run(folder, "--num-steps", "4") == 0
-    assert run(folder, "--num-steps", "8", "--resume", "--device", "cuda", "--no-compile") == 0
-    assert run(folder, "--resume") == 0
-    ours, theirs = outcome(folder), outcome(finished)
-    assert [row["step"] for row in ours["rows"]] == [4, 8, 12] and ours["agent"]["updates"] == 12
-    assert_same("the first evaluation", ours["rows"][0], theirs["rows"][0])
