@@ -1311,6 +1311,57 @@ def test_algorithm1_draws_times_and_gaussians_of_their_laws():
         assert [torch.equal(a, b) for a, b in zip(noise, again)] == [same] * 4, "noise is a function of the generator"
 
 
+@functools.cache
+def learned_on_the_toy(eta):
+    """A short run on the toy with a fifth of good steps, and its policy's mean return, no action being chosen by Q."""
+    small = dict(num_critics=2, hidden=32, num_diffusion_steps=3, batch_size=128, eval_candidates=1)
+    fast = dict(lr=2e-3, critic_lr=1e-2, target_rate=0.05)
+    args = dataclasses.replace(erdp.preset("toy", device="cpu"), dataset="toy-20", **small, **fast)
+    args.eta = eta  # below 0, which the command line refuses, the policy loss has Q with the other sign
+    task, data = erdp.load_data(args)
+    run = erdp.Run(args, task, data, Path())
+    for _ in range(800):
+        run.rows.random_(0, len(data.reward), generator=run.generator)
+        erdp.sample_noise(run.noise, run.generator)
+        run.learn()
+    generator, state, mean_return = np.random.default_rng(0), np.zeros((2000, 2)), 0.0
+    for _ in range(2):
+        state = state + np.insert(run.actor(state, generator), 1, 1, axis=1)
+        mean_return += erdp.ToyEnv.reward(state[:, 0]).mean()
+    return run, mean_return
+
+
+@pytest.mark.slow
+def test_algorithm1_critics_on_the_toy_are_its_q_by_dynamic_programming():
+    """Up to update 1,000 the next actions come from a policy that stays as it is: Q converges to its evaluation."""
+    run, _ = learned_on_the_toy(3.0)
+    agent, (state, action, *_) = run.agent, run.data
+    first, reached = state[:, 1] == 0, state[:, :1] + action
+    expected = erdp.ToyEnv.reward(reached[:, 0].numpy())
+    next_state = torch.cat([reached, torch.ones_like(reached)], 1)[first].expand(500, -1, -1)
+    noise = gaussian(3, *next_state.shape[:2], 1).float()
+    with torch.no_grad():
+        next_action = erdp.sample_actions(agent.policy_ema, agent.sde, next_state, noise)
+        q = agent.critics(state, action).mean(0).numpy()
+    last = (next_state[..., :1] + next_action).squeeze(-1).numpy()
+    expected[first] += 0.99 * erdp.ToyEnv.reward(last).mean(0)
+    for step, rows in dict(first=first.numpy(), second=~first.numpy()).items():
+        error = np.sqrt(np.mean((q - expected)[rows] ** 2))
+        assert error < expected[rows].std() / 3, f"Q of the {step} step is wrong by {error}, of {expected[rows].std()}"
+
+
+@pytest.mark.slow
+def test_algorithm1_on_the_toy_ends_above_the_data_and_above_cloning():
+    (run, ours), (_, cloning) = learned_on_the_toy(3.0), learned_on_the_toy(0.0)
+    assert ours > max(run.task.data_return, cloning) + 1, f"{ours}; the data {run.task.data_return}, cloning {cloning}"
+
+
+@pytest.mark.slow
+def test_algorithm1_on_the_toy_stays_below_the_data_where_q_has_the_other_sign():
+    run, theirs = learned_on_the_toy(-3.0)
+    assert theirs < run.task.data_return, f"{theirs}; the data {run.task.data_return}"
+
+
 # ==== Appendix: Eq. 28, 30, 40 and A.3 ================================================================================
 @given(cases())
 def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
@@ -1463,7 +1514,7 @@ def test_use_device_makes_a_gpu_the_current_one_and_gives_small_networks_one_thr
         assert done == (gpu, threads, products or done[2]), choices
 
 
-# The page of claims: all tests above that are named after something in the paper, or that goes beyond it
+# The page of claims: of the tests above, those whose names begin with what the paper or its extension here says.
 CLAIMS = "eq|figure2|debruijn|noise_network|ensemble|section_4_1|algorithm1|table"
 for name, claim in [*globals().items()]:
     if re.match(f"test_({CLAIMS})", name):
