@@ -372,7 +372,7 @@ LITERAL_LOSSES = dict(
 
 
 @given(cases())
-def test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07(case):
+def test_eq05_and_the_losses_in_its_place_have_their_formulas(case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
     symbols = *map(torch.tensor, (case.prime, case.bar, case.before)), case.x, x_t, case.y, case.z
     for name, loss in erdp.LOSSES.items():
@@ -513,7 +513,8 @@ def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
     return g(a_1, a_T, bar[-1] - bar[2]) + g(a_0, a_1, bar[2] - bar[1]) - g(a_0, a_T, bar[-1] - bar[1])
 
 
-# Eq. 15 of alpha, lambda, L_diff, Q's value, the entropy h, the number of action dimensions, and h's magnitude.
+# Eq. 15 of alpha, lambda, L_diff, Q's value, the entropy h (of `literal_policy_loss`), the number of action dimensions
+# and h's magnitude.
 LITERAL_VARIANTS = dict(
     paper=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * (q + alpha * h),
     released=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * q - alpha * h / h_size,
@@ -1098,13 +1099,14 @@ def test_section_4_1_acts_by_softmax_over_the_candidates_values():
 
 def test_section_4_1_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it():
     quarters, tenths, first_is_out = [0.0] * 4, [5e4] * 10, [-math.inf, 0.0, 0.0]
-    edges = [(quarters, u, n) for u, n in ((0.0, 0), (np.nextafter(0.25, 0), 0), (0.25, 1), (0.75, 3))]
-    last = np.nextafter(1, 0)  # which ten shares of 0.1 do not exceed, as they are rounded
-    for value, u, expected in [*edges, (quarters, last, 3), (tenths, last, 9), (first_is_out, 0.0, 1)]:
-        candidates = torch.arange(len(value))[None, :, None]
-        u = torch.full((1, 1), u, dtype=torch.float64)
-        assert erdp.choose_action(candidates, torch.tensor([value]), u).item() == expected, f"u = {u}, values {value}"
-    assert np.cumsum([0.1] * 10)[-1] == last
+    last = np.nextafter(1, 0)  # which ten rounded shares of 0.1 do not exceed
+    edges = [(quarters, u, n) for u, n in ((0.0, 0), (np.nextafter(0.25, 0), 0), (0.25, 1), (0.75, 3), (last, 3))]
+    edges += [([0.0] * 3, 1 / 3, 1), (tenths, last, 9), (first_is_out, 0.0, 1)]  # 1/3 is larger in float32
+    for value, u, expected in edges:
+        candidates, column = torch.arange(len(value))[None, :, None], torch.tensor([[u]], dtype=torch.float64)
+        found = erdp.choose_action(candidates, torch.tensor([value]), column).item()
+        assert found == expected, f"u = {u}, values {value}: {found}, expected {expected}"
+    assert np.cumsum([0.1] * 10)[-1] == last, "ten shares of 0.1 end at the last u below 1"
 
 
 # ==== Algorithm 1 =====================================================================================================
@@ -1404,7 +1406,7 @@ def test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser(case):
 
 
 # ==== Tables 1, 2 and 4, and Section 4.1's settings ===================================================================
-# Section 4.1, and the lines of Table 4 that all domains share.
+# Copied from arXiv:2402.04080: Section 4.1 and the lines of Table 4 that all domains share; then its other lines.
 SHARED = dict(variant="paper", num_critics=64, lcb_coef=4.0, entropy_coef=0.01, num_diffusion_steps=5, hidden=256)
 SHARED |= dict(batch_size=256, discount=0.99, critic_lr=3e-4, eval_every=50_000, eval_candidates=50, schedule="cosine")
 SHARED |= dict(target_rate=0.005, ema_rate=0.005, ema_every=5, ema_start=1000, pessimism="lcb")
@@ -1415,14 +1417,14 @@ TABLE_4 = dict(
     adroit=(3e-5, 0.1, False, 8.0, "noise", True, 1_000_000, 100),
     kitchen=(3e-4, 0.005, False, 10.0, "likelihood", False, 1_000_000, 100),
 )
-# The rows of Table 1 (Gym) and Table 2 (AntMaze, Adroit, Kitchen).
+# The rows of Table 1 (Gym) and of Table 2 (AntMaze, Adroit, Kitchen).
 ROWS_OF_TABLES_1_AND_2 = """
 halfcheetah-medium-v2 hopper-medium-v2 walker2d-medium-v2 halfcheetah-medium-replay-v2 hopper-medium-replay-v2
 walker2d-medium-replay-v2 halfcheetah-medium-expert-v2 hopper-medium-expert-v2 walker2d-medium-expert-v2
 antmaze-umaze-v0 antmaze-umaze-diverse-v0 antmaze-medium-play-v0 antmaze-medium-diverse-v0 antmaze-large-play-v0
 antmaze-large-diverse-v0 pen-human-v1 pen-cloned-v1 kitchen-complete-v0 kitchen-partial-v0 kitchen-mixed-v0
 """.split()
-D4RL = dict(  # domain, environment, time limit, and the returns of score 0 and 100
+D4RL = dict(  # domain, environment, time limit, and the returns of score 0 and 100, as d4rl/infos.py has them
     halfcheetah=("gym", "HalfCheetah-v4", 1000, -280.178953, 12135.0),
     hopper=("gym", "Hopper-v4", 1000, -20.272305, 3234.3),
     walker2d=("gym", "Walker2d-v4", 1000, 1.629008, 4592.3),
