@@ -25,17 +25,16 @@ BATCHES = 20  # over which gradients are averaged
 def load(path: Path):
     """The agent of a run's checkpoint.pt, on the CPU, that run's data and task, and the update. Raises UserError."""
     saved = erdp.load_file(path)
-    args, name = saved["args"], saved["dataset_id"]
-    data = args.dataset if name.endswith(erdp.HDF5) else name
-    args = dataclasses.replace(args, device="cpu", compile=False, precision="float32", dataset=data)
-    task = erdp.open_task(args)
-    batch = erdp.load_data(task, args)
-    if (found := len(batch.reward)) != (expected := saved["about"]["transitions"]):
-        raise erdp.UserError(f"{name} has {found} transitions, not the run's {expected}: give the data that it had")
-    agent = erdp.Agent(task.state_dim, batch.action.shape[1], args)
-    with erdp.refusing(f"{path} is damaged", "give another run"):
-        agent.load_state_dict(saved["agent"])
-    return agent, batch, task, saved["step"]
+    args = dataclasses.replace(saved["args"], device="cpu", compile=False, precision="float32")
+    with erdp.refusing(f"the data of {path} cannot be read"):
+        task, data = erdp.load_data(args)
+    if task.data_checksum != saved["task"].data_checksum:
+        raise erdp.UserError(f"{path} was made from other data than these: give those of {task.dataset_id}")
+    agent = erdp.Agent(data.state.shape[1], data.action.shape[1], args)
+    with erdp.refusing(f"{path} has no whole agent: give a run's checkpoint.pt", KeyError, RuntimeError):
+        for part in ("policy", "critics", "policy_ema", "critics_target"):
+            getattr(agent, part).load_state_dict(saved["agent"][part])
+        return agent, data, task, saved["step"]
 
 
 # ==== 1. Gradients ====================================================================================================
@@ -49,9 +48,11 @@ def gradient(loss, module) -> torch.Tensor:
 def batches(data, args, count: int = BATCHES):
     """That many batches of the data, each with its noise, whose buffers the next one fills; always the same ones."""
     generator, noise = torch.Generator().manual_seed(0), erdp.noise_buffers(args, data.action.shape[1], "cpu")
+    rows = torch.empty(args.batch_size, dtype=torch.int64)
     for _ in range(count):
-        erdp.sample_noise(noise, len(data.reward), generator)
-        yield erdp.Batch(*(column[noise.rows] for column in data)), noise
+        rows.random_(0, len(data.reward), generator=generator)
+        erdp.sample_noise(noise, generator)
+        yield erdp.Batch(*(column[rows] for column in data)), noise
 
 
 def at_time(agent, batch, noise, t: int):
@@ -155,13 +156,11 @@ def start_actions(agent, data, starts) -> dict[str, np.ndarray]:
     """Actions (N, A), in [-1, 1], at the 64 start states nearest to the first: the data's, samples, and as it acts."""
     first, A, own = data.state[starts], data.action.shape[1], agent.args.eval_candidates
     near = ((first - first[0]) / (first.std(0, correction=0) + 1e-6)).square().sum(1).argsort()[:64]
-    actor, taken = erdp.Actor(agent, None, -np.ones(A), np.ones(A)), {"the data": data.action[starts][near].numpy()}
+    states, taken = first[near].repeat(4, 1).numpy(), {"the data": data.action[starts][near].numpy()}
+    actor = erdp.Actor(agent, [states.shape[1]], -np.ones(A), np.ones(A))
     for name, candidates in {"the policy's samples": 1, "as it acts": own}.items():
         agent.args = dataclasses.replace(agent.args, eval_candidates=candidates)
-        states = first[near].repeat(4, 1).numpy()
-        taken[name] = np.concatenate(
-            [actor(state[None], [np.random.default_rng((0, k))]) for k, state in enumerate(states)]
-        )
+        taken[name] = actor(states, [np.random.default_rng((0, k)) for k in range(len(states))])
     return taken
 
 
@@ -216,8 +215,8 @@ def diagnosis(folder: Path, out: Path) -> str:
     text = f"""# Diagnosis of {folder.name}
 
 `python results/diagnose.py runs/{folder.name}`, at update {step:,}. {args.env} on {name}:
-{label(arm_of(dataclasses.asdict(args)))}, seed {args.seed}.
-The data: {len(rows):,} transitions, mean score of its episodes {task.score(task.returns.mean()):.1f}.
+{label(arm_of(vars(args)))}, seed {args.seed}.
+The data: {len(rows):,} transitions, mean score of its episodes {task.score(task.data_return):.1f}.
 
 ## By diffusion time
 

@@ -1,7 +1,7 @@
 """Whether `--variant released` computes what the authors' own agent computes, measured against a checkout of theirs.
 
     git clone https://github.com/ruoqizzz/entropy-offlineRL CHECKOUT  # outside this repository
-    python results/equivalence.py CHECKOUT                            # writes equivalence.md beside this file
+    python results/equivalence.py CHECKOUT                            # makes the tables of equivalence.md
 
 Their agent and `erdp.Agent` make the same updates in float64, from the same weights, batches and random numbers. Their
 code is imported as it is: what its imports need and the comparison does not (gym, d4rl, loggers, progress bars) is
@@ -22,7 +22,7 @@ from unittest import mock
 import h5py
 import numpy as np
 import torch
-from pages import start, table
+from pages import fill, start, table
 from torch.overrides import TorchFunctionMode
 
 import erdp
@@ -91,7 +91,7 @@ class Ours:
         bound = np.ones(noise.shape[-1])
         stream = SimpleNamespace(standard_normal=lambda *_: noise.numpy(), random=lambda: u)
         with Fed() as mode:
-            return erdp.Actor(self.agent, [len(state)], -bound, bound)(state, [stream]), mode.choice
+            return erdp.Actor(self.agent, [len(state)], -bound, bound, "float64")(state, [stream]), mode.choice
 
 
 class Fed(TorchFunctionMode):
@@ -151,12 +151,12 @@ class Theirs:
         modules = self.agent.actor, self.agent.ema_model, self.agent.critic, self.agent.critic_target
         return {name: list(module.parameters()) for name, module in zip(NETWORKS, modules)}
 
-    def update(self, noise) -> list:
+    def update(self, rows, noise) -> list:
         """The erdp.METRICS of one iteration of their `train`, which logs the gradients' norms before clipping."""
         t = noise.t - 1
         t[0], self.later = (t[0] + self.later) % len(noise.next_action), 0
         rest = (torch.randn_like, noise.eps), (torch.randint, t[:, None]), (torch.randn, noise.a_T)
-        self.mode.draws = [(torch.randint, noise.rows), *sampler_draws(noise.next_action), *rest]
+        self.mode.draws = [(torch.randint, rows), *sampler_draws(noise.next_action), *rest]
         self.q.clear()
         with self.mode:
             metric = self.agent.train(self.sampler, 1, len(t), log := mock.Mock())
@@ -176,11 +176,11 @@ class Theirs:
 
 def import_checkout(path: Path) -> SimpleNamespace:
     """The authors' modules, and the commit that is checked out. Raises erdp.UserError."""
-    problem, advice = f"{path} is not a checkout of ruoqizzz/entropy-offlineRL", "clone it and give its folder"
+    problem = f"{path} is not a checkout of ruoqizzz/entropy-offlineRL"
     stubs = {name: mock.MagicMock() for name in ("gym", "d4rl", "utils.logger", "torch.utils.tensorboard")}
     stubs["tqdm"] = SimpleNamespace(tqdm=iter)
     sys.dont_write_bytecode = True
-    with erdp.refusing(problem, advice):
+    with erdp.refusing(problem, ImportError, subprocess.SubprocessError):
         with mock.patch.dict(sys.modules, stubs), mock.patch.object(sys, "path", [str(path), *sys.path]):
             main, eql, bc = map(importlib.import_module, ("main", "agents.eql_diffusion", "agents.bc_diffusion"))
         git = ["git", "-C", str(path), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty= with changes"]
@@ -198,7 +198,7 @@ def furthest(ours, theirs, origin) -> float:
 def compare(code, env: str, changes: dict, change=None, shared_minimum: bool = True) -> list:
     """A line of the table: both agents over UPDATES updates, then the actions that they choose in STATES states."""
     torch.manual_seed(0)
-    generator, sizes = torch.Generator().manual_seed(0), SIZES[erdp.domain_of(env)]
+    generator, sizes = torch.Generator().manual_seed(0), SIZES[erdp.ROWS[env].domain]
     here = dict(variant="released", device="cpu", compile=False, precision="float32", batch_size=BATCH, num_critics=4)
     args = dataclasses.replace(erdp.preset(env), **here | changes)
     state, next_state = torch.randn(2, ROWS, sizes[0], generator=generator)
@@ -214,14 +214,16 @@ def compare(code, env: str, changes: dict, change=None, shared_minimum: bool = T
         setattr(functools.reduce(getattr, path, theirs), last, change[1])
     if not shared_minimum:  # as in theirs: the minimum in the policy loss alone
         ours.agent.args = dataclasses.replace(args, pessimism="lcb")
-        ours.agent.policy_loss = lambda *x: erdp.policy_loss(*x[:-1], args)
-    noise = erdp.noise_buffers(args, sizes[1], "cpu")
+        with_minimum = {erdp.policy_loss: lambda *x: erdp.policy_loss(*x[:-1], args)}
+        ours.agent.compiled = lambda function: with_minimum.get(function, function)
+    rows, noise = torch.empty(BATCH, dtype=torch.int64), erdp.noise_buffers(args, sizes[1], "cpu")
     far, losses, clipped = dict.fromkeys(NETWORKS, 0.0), [], np.zeros(2, int)
     for _ in range(UPDATES):
-        erdp.sample_noise(noise, ROWS, generator)
+        rows.random_(0, ROWS, generator=generator)
+        erdp.sample_noise(noise, generator)
         with torch.enable_grad():
-            a = erdp.update(ours.agent, erdp.Batch(*(column[noise.rows] for column in data)), noise)
-            b = theirs.update(noise)
+            a = erdp.update(ours.agent, erdp.Batch(*(column[rows] for column in data)), noise)
+            b = theirs.update(rows, noise)
         losses.append([[a[name].item() for name in erdp.METRICS], b])
         clipped += [theirs.logged[f"{part} Grad Norm"] > args.grad_norm for part in ("Critic", "Actor")]
         for name, weights in theirs.networks().items():
@@ -280,7 +282,9 @@ def data_lines(code) -> list[list]:
             with h5py.File(args.dataset, "w") as file:
                 for key, values in rows.items():
                     file[key] = values.astype(np.float32)
-            ours = erdp.load_data(dataclasses.replace(erdp.open_task(args), domain=domain), args)
+            rewarded = erdp.DOMAINS["gym"]._replace(reward=erdp.DOMAINS[domain].reward)
+            with mock.patch.dict(erdp.DOMAINS, gym=rewarded):
+                _, ours = erdp.load_data(args)
         kept = np.flatnonzero(~rows["timeouts"][:-1])  # what d4rl.qlearning_dataset keeps, in float32
         arrays = dict(rows, next_observations=rows["observations"][1:])
         arrays = {key: values[kept].astype(np.float32) for key, values in arrays.items()}
@@ -291,69 +295,30 @@ def data_lines(code) -> list[list]:
     return lines
 
 
-def markdown(code, agents: list, changed: list, said: list, data: list) -> str:
-    header = ["M", "T", "deviation", "clipped", "losses", *NETWORKS, "p", "action", "candidate"]
-    return f"""# Variant released against the authors' code
-
-`python results/equivalence.py CHECKOUT`, with the authors' repository ruoqizzz/entropy-offlineRL at commit
-`{code.commit}`. Neither tests nor CI, which have no checkout of it, measure any of this.
-
-## The agents
-
-{UPDATES} updates in float64, numbers {FIRST} to {FIRST + UPDATES - 1} (the policy's average starts at 1000), with the
-row's settings but M, and {BATCH} made-up transitions of its sizes in each. Both agents have the same weights at first,
-other ones in each of the four networks, and get the same batches and random numbers. The ensembles' last layers are
-{SPREAD:g} times as large as initialised, so that members disagree: deviation is that of Q over the members, after the
-last update. Clipped: updates in which the critics' / the policy's gradient was. The rest are largest differences:
-
-- losses: of {", ".join(f"`{name}`" for name in erdp.METRICS)}, as a share of its largest
-- the networks: of a weight after any update, as a share of the largest movement in its tensor
-- acting in {STATES} states: of p, the candidates' probabilities summed up, and of the action; and how often both drew
-  the same one of 50 candidates
-
-{table(["settings", *header], agents)}
-
-The same with a small change in what is theirs, by its attributes: this is what the comparison sees.
-
-{table(["change", *header], changed)}
-
-**The minimum in place of LCB is not the same.** `--pess min` of theirs is the minimum over members in the policy loss
-alone (agents/eql_diffusion.py:126): each member has its own target (:104, :107, :109), and acting is by LCB whatever
-`--pess` is (:187 to :190). `--variant released --pessimism min` is the clipped double Q of Figure 4, the minimum in
-policy loss and acting, and in a target that all members share. The last line of the first table has the minimum in our
-policy loss alone, and agrees; that of the second has `--pessimism min` as it is, and differs.
-
-## The data
-
-`erdp.load_data` against the authors' `Data_Sampler`, for a made-up file in D4RL's layout read as a row of each domain:
-largest difference in each column. What D4RL's `qlearning_dataset` makes of the file is written anew here. **Adroit's
-rewards are not the same:** theirs are divided by the deviation with divisor N - 1 (utils/data_sampler.py:22), ours, in
-every variant, with N. They are compared after theirs are multiplied by (N / (N - 1))^0.5.
-
-{table(["domain", "N", *erdp.Batch._fields], data)}
-
-## Statements on the released code
-
-{table(["statement", "measured"], said)}
-"""
-
-
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of ruoqizzz/entropy-offlineRL")
-    args = start(parser)
+    args = start(parser, argv)
     try:
         code = import_checkout(args.checkout)
     except erdp.UserError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    with erdp.quiet():
-        said, data = statements(code), data_lines(code)
+        parser.error(str(error))
+    said, data = statements(code), data_lines(code)
     torch.set_default_dtype(torch.float64)
     agents = [[name, *compare(code, *case)] for name, case in CASES.items()]
     changed = [[name, *compare(code, row, {}, change=change)] for name, (row, *change) in CHANGES.items()]
     agents.append(["AntMaze umaze, the minimum in the policy loss alone", *compare(code, *MINIMUM, None, False)])
     changed.append(["none, but `--pessimism min` as it is", *compare(code, *MINIMUM)])
-    (args.out / "equivalence.md").write_text(markdown(code, agents, changed, said, data))
+    header = ["M", "T", "deviation", "clipped", "losses", *NETWORKS, "p", "action", "candidate"]
+    fill(
+        "equivalence.md",
+        args.out,
+        commit=f"The authors' repository ruoqizzz/entropy-offlineRL at commit `{code.commit}`.",
+        agents=table(["settings", *header], agents),
+        changed=table(["change", *header], changed),
+        data=table(["domain", "N", *erdp.Batch._fields], data),
+        statements=table(["statement", "measured"], said),
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Figure 1, the toy task: every policy at every share of good steps in the data, with intervals over seeds.
 
-`results/report.py` calls it, with the runs that it has read.
+`results/report.py` calls it, with the runs that it has read. The text of figure1.md stands in that page alone.
 """
 
 from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
-from pages import draw_band, save, table
+from pages import fill, save, table
 from runs import ACTIONS, CLONING, Group, label
-from scipy.stats import t as student
-from scipy.stats import trim_mean, wilcoxon
+from scipy.stats import bootstrap, trim_mean, ttest_rel, wilcoxon
 
 import erdp
 
@@ -30,30 +29,22 @@ PAIRS += [("both, released", "ensemble"), ("both, released", "both")]
 PAIRS += [(f"debruijn, alpha = {alpha}", "ensemble") for alpha in (0.1, 0.3)]
 
 
-def interval(values: np.ndarray, statistic, resamples: int = 10_000) -> tuple[float, float]:
-    """The 95% bootstrap interval of a statistic (..., n) -> () over the n seeds of `values`."""
-    n = values.shape[-1]
-    drawn = values[..., np.random.default_rng(0).integers(n, size=(resamples, n))]  # (..., resamples, n)
-    low, high = np.nanquantile(statistic(drawn), [0.025, 0.975])
-    return low, high
+def interval(statistic, *samples) -> tuple[float, float]:
+    """The 95% bootstrap interval (BCa) of a statistic of samples (n,), which are paired by their seeds."""
+    if all(np.ptp(sample) == 0 for sample in samples):
+        return (statistic(*samples),) * 2
+    return bootstrap(samples, statistic, paired=True, random_state=np.random.default_rng(0)).confidence_interval
 
 
-def mean_interval(values: np.ndarray, error: float = 0.05) -> tuple[float, float]:
-    """The interval of a mean over seeds by Student's t, which leaves out the truth with that probability."""
-    n, mean = len(values), values.mean()
-    reach = student.ppf(1 - error / 2, n - 1) * values.std(ddof=1) / n**0.5
-    return mean - reach, mean + reach
+def middle(values, axis=-1):
+    """The interquartile mean."""
+    return trim_mean(values, 0.25, axis=axis)
 
 
-def middle(values: np.ndarray) -> np.ndarray:
-    """The interquartile mean over the last axis."""
-    return trim_mean(values, 0.25, axis=-1)
-
-
-def log_ratio(values: np.ndarray) -> np.ndarray:
-    """Of the deviations of two arms, values (2, ..., n)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(values[0].std(-1)) - np.log(values[1].std(-1))
+def log_ratio(first, second, axis=-1):
+    """Of the deviations of two samples; 0 of a resample that is one seed alone and has none."""
+    ratio = first.std(axis).clip(1e-9) / second.std(axis).clip(1e-9)
+    return np.log(ratio)
 
 
 def in_words(value: float, bounds: tuple[float, float], form: str) -> str:
@@ -63,19 +54,30 @@ def in_words(value: float, bounds: tuple[float, float], form: str) -> str:
     return f"**{text}**" if bounds[0] > least or bounds[1] < least else text
 
 
+def paired(first: Group, second: Group) -> np.ndarray:
+    """Final scores of both (2, n) on the seeds that both have."""
+    a, b = first.finals(), second.finals()
+    return np.array([[a[seed], b[seed]] for seed in sorted(a.keys() & b.keys())]).reshape(-1, 2).T
+
+
+def mean_gain(first, second) -> str:
+    """The mean of the differences of paired samples, with its interval by Student's t."""
+    return in_words(np.mean(first - second), ttest_rel(first, second).confidence_interval(), "+.1f")
+
+
 def toy_groups(groups: list[Group]) -> dict[str, dict[str, Group]]:
     """The toy's groups by data set (toy-20: 20% of the steps go to the right), most balanced first, and by arm."""
     found = {}
     for group in (group for group in groups if group.env == "toy"):
-        name = next((name for name, arm in TOY.items() if arm == group.arm), label(group.arm))
+        name = next((name for name, arm in TOY.items() if arm == group.arm), label(group.arm, untold=()))
         found.setdefault(group.data, {})[name] = group
     order = [*TOY, *sorted({name for arms in found.values() for name in arms} - set(TOY))]
-    shares = sorted(found, key=lambda data: -share_of(data))
+    shares = sorted(found, key=share_of, reverse=True)
     return {data: {name: found[data][name] for name in order if name in found[data]} for data in shares}
 
 
 def share_of(data: str) -> int:
-    return round(100 * erdp.toy_share(data))
+    return int(data.partition("-")[2])
 
 
 def arms_table(shares: dict[str, dict[str, Group]]) -> str:
@@ -84,40 +86,39 @@ def arms_table(shares: dict[str, dict[str, Group]]) -> str:
         for name, group in arms.items():
             x, (_, curve) = np.array([*group.finals().values()]), group.curve()
             unsteady = curve[:, curve.shape[1] // 2 :].std(1).mean()
-            bounds = "[{:.1f}, {:.1f}]".format(*interval(x, middle)) if len(x) > 2 else ""
+            bounds = "[{:.1f}, {:.1f}]".format(*interval(middle, x)) if len(x) > 2 else ""
             figures = f"{middle(x):.1f} {bounds}", f"{x.std():.1f}", f"{(x < MISSES).sum()}"
             lines.append([f"{share_of(data)}%", name, *figures, f"{unsteady:.1f}", len(x)])
     head = ["share", "policy", "final return", "deviation", "seeds that miss", "deviation in training", "seeds"]
     return table(head, lines)
 
 
-def pairs_table(shares: dict[str, dict[str, Group]]) -> tuple[str, int]:
-    """The table with what it says of the claim on variances, and its number of lines."""
+def pairs_table(shares: dict[str, dict[str, Group]]) -> tuple[str, str]:
+    """The table, and what it says of the claim on variances."""
     lines, unsteadier = [], []
     for data, arms in shares.items():
         for first, second in PAIRS:
             if not (first in arms and second in arms):
                 continue
-            a, b = arms[first].finals(), arms[second].finals()
-            seeds = sorted(a.keys() & b.keys())
-            if len(seeds) < 3:
+            a, b = paired(arms[first], arms[second])
+            if len(a) < 3:
                 continue
-            x = np.array([[a[seed] for seed in seeds], [b[seed] for seed in seeds]])
-            gain = x[0] - x[1]
-            returns = in_words(middle(gain), interval(gain, middle), "+.1f")
-            means = in_words(gain.mean(), mean_interval(gain), "+.1f")
-            ratio, bounds = np.exp(log_ratio(x)), np.exp(interval(x, log_ratio))
-            spread = in_words(ratio, bounds, ".2f")
+            gain = a - b
+            returns = in_words(middle(gain), interval(middle, gain), "+.1f")
+            bounds = np.exp(interval(log_ratio, a, b))
+            spread = in_words(np.exp(log_ratio(a, b)), bounds, ".2f")
             if second == "plain Q" and first in ("ensemble", "both") and bounds[0] > 1:
                 unsteadier.append(f"of {first} at {share_of(data)}% ({spread.strip('*')})")
-            better, each = f"{(gain > 0).sum()} of {len(seeds)}", ", ".join(f"{x:+.0f}" for x in np.sort(gain))
+            better, each = f"{(gain > 0).sum()} of {len(gain)}", ", ".join(f"{x:+.0f}" for x in np.sort(gain))
             p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""
-            lines.append([f"{share_of(data)}%", f"{first} against {second}", returns, means, p, better, spread, each])
+            names = f"{share_of(data)}%", f"{first} against {second}"
+            lines.append([*names, returns, mean_gain(a, b), p, better, spread, each])
     head = ["share", "policies", "interquartile mean", "mean", "Wilcoxon's p", "better seeds", "ratio of deviations"]
     text = table([*head, "each seed, in order of size"], lines)
+    words = f"Comparisons, for none of whose number anything is corrected: {len(lines)}."
     if unsteadier:
-        text += f"\n\nThe least variance fails: larger than plain Q's is the deviation {', '.join(unsteadier)}."
-    return text if lines else "No two policies have three seeds in common yet.", len(lines)
+        words += f" The least variance fails: larger than plain Q's is the deviation {', '.join(unsteadier)}."
+    return text, words
 
 
 def default_by_rule(shares: dict[str, dict[str, Group]]) -> str | None:
@@ -133,42 +134,22 @@ def figure1(groups: list[Group], out: Path):
     shares = toy_groups(groups)
     if not shares:
         return
-    own = erdp.ROWS["toy"].dataset
+    own, rule = erdp.ROWS["toy"].dataset, default_by_rule(shares)
     shown = own if own in shares else next(iter(shares))
     draw_panels(out / "figure1.png", shown, shares[shown])
-    steps = sorted({group.runs[0].config["num_steps"] for arms in shares.values() for group in arms.values()})
-    rule, (pairs, compared) = default_by_rule(shares), pairs_table(shares)
-    text = [
-        "# Figure 1: the toy task\n",
-        f"Made by `python results/report.py`, from runs of {' and '.join(f'{x:,}' for x in steps)} updates "
-        "(`bash run_all.sh toy-sweep`, `bash run_all.sh quick`). Returns are in percent of the best possible one, of a "
-        "run's last evaluation. Share: of the recorded steps that go towards the high reward. A seed makes its own "
-        f"data, networks and noise; policies are compared seed by seed. A seed misses below {MISSES}%. Values over "
-        "seeds are interquartile means with a 95% bootstrap interval (percentiles), deviations have the divisor n. "
-        "These intervals are somewhat too narrow: of values from one Gaussian, or from two modes far apart, they hold "
-        "the truth in 92 to 94% at 10 seeds and in 90 to 93% at 5 (simulated); corrected ones (BCa) do no better.\n",
-        "## Every policy at every share\n",
-        "Deviation: over seeds. In training: over the evaluations of a run's last half, averaged over seeds.\n",
-        arms_table(shares) + "\n",
-        "## Policies held against each other\n",
-        "The paper's claim is that entropy and ensemble together have the best return and the least variance. The "
-        "differences in return between two policies with the same seed: their interquartile mean; their mean, with "
-        "its 95% interval by Student's t; the p-value of Wilcoxon's signed ranks, of five seeds at least 0.06; on how "
-        "many seeds the first is better; and last each of them, as some have two modes, which no mean shows. Ratio: "
-        "the first's deviation over seeds divided by the second's. Bold: the interval leaves out 0, or 1. Nothing is "
-        f"corrected for the number of comparisons, {compared}: of those without any difference one in twenty would be "
-        "bold all the same.\n",
-        pairs + "\n",
-        "## Which share to show\n",
-        "A rule fixed before looking: the largest share at which the median seed of plain Q misses. Of the shares "
-        + (f"above that is {share_of(rule)}%" if rule else "above there is none")
-        + f"; the toy's default is {share_of(own)}%, and the panels are of {share_of(shown)}%.\n",
-        "![Reward and data; return while training; learned Q at state 0](figure1.png)\n",
-    ]
     if len(shares) > 1:
         draw_shares(out / "figure1-shares.png", shares)
-        text.append("![Final return over the share of good steps](figure1-shares.png)\n")
-    (out / "figure1.md").write_text("\n".join(text))
+    pairs, claim = pairs_table(shares)
+    chosen = f"that is {share_of(rule)}%" if rule else "there is none"
+    fill(
+        "figure1.md",
+        out,
+        arms=arms_table(shares),
+        pairs=pairs,
+        claim=claim,
+        rule=f"Of these shares {chosen}; the toy's default is {share_of(own)}%, the panels are of {share_of(shown)}%.",
+        shares="![Final return over the share of good steps](figure1-shares.png)" * (len(shares) > 1),
+    )
 
 
 def draw_shares(path: Path, shares: dict[str, dict[str, Group]]):
@@ -176,12 +157,12 @@ def draw_shares(path: Path, shares: dict[str, dict[str, Group]]):
     figure, axis = plt.subplots(figsize=(8, 5))
     for name in TOY:
         at = [data for data, arms in shares.items() if name in arms]
-        if not at:
+        if len(at) < 2:  # no line to be seen
             continue
         finals = [np.array([*shares[data][name].finals().values()]) for data in at]
-        low, high = np.transpose([interval(x, middle) for x in finals])
         x = [share_of(data) for data in at]
         (line,) = axis.plot(x, [middle(values) for values in finals], "o-", label=name)
+        low, high = np.transpose([interval(middle, values) if len(values) > 2 else (np.nan,) * 2 for values in finals])
         axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
     ticks = [share_of(data) for data in shares]
     axis.set(xscale="log", xlabel="percent of the recorded steps that go towards the high reward")
@@ -200,11 +181,11 @@ def draw_panels(path: Path, data: str, arms: dict[str, Group]):
     left.plot(x, erdp.ToyEnv.reward(x))
     left.set(xlabel="state", ylabel="reward", title=f"Reward and data, {data}")
     density = left.twinx()
-    recorded = erdp.toy_data(0, erdp.toy_share(data)).next_state[:, 0]
-    density.hist(recorded, 60, density=True, alpha=0.4, color="tab:orange")
+    recorded = [episode.observations[1:, 0] for episode in erdp.toy_episodes(0, share_of(data) / 100)]
+    density.hist(np.concatenate(recorded), 60, density=True, alpha=0.4, color="tab:orange")
     density.set(ylabel="density of the states in the data, seed 0")
     for name, group in arms.items():
-        draw_band(centre, group, name)
+        group.draw(centre, name)
     centre.axhline(100, color="gray", linestyle="--", label="best possible")
     centre.set(xlabel="updates", ylabel="percent: mean ± deviation (seeds)", title="Percent of the best return")
     a = ACTIONS.numpy()  # (41, 1)

@@ -1,6 +1,6 @@
 """The paper's Figure 2, and what it leaves out: optimal sampling (Eq. 6-8) against the reverse SDE (Eq. 3), by T.
 
-    python results/figure2.py                # writes figure2.png and figure2.md beside this file
+    python results/figure2.py                # makes figure2.png and the tables of figure2.md
     python results/figure2.py --out FOLDER
 
 (a) The paper's experiment, the reconstruction of a known x_0: the samplers start at x_T of Eq. 4 and know the exact
@@ -21,7 +21,7 @@ import scipy.stats
 import torch
 from known_noise import closed_form_deviation, deviation_of_x0_hat, gaussian, optimal, predictor, quantiles, reverse_sde
 from matplotlib import pyplot as plt
-from pages import save, start, table
+from pages import fill, save, start, table
 
 from erdp import SCHEDULES, MeanRevertingSDE
 
@@ -74,67 +74,36 @@ def measure(schedule: str, T: int, sampler) -> Measure:
     return Measure(float(error), exact, one.std(), next(distances), width, between, next(distances))
 
 
-def markdown(results: dict) -> str:
-    """results[schedule][T][sampler] is a Measure."""
-    cosine, two = results["cosine"], np.abs(quantiles(*TWO))
-    errors = [[name, *(f"{cosine[T][name].error:.2g}" for T in STEPS)] for name in SAMPLERS]
-    first = [
-        [schedule, name, *(next((T for T in STEPS if of_T[T][name].error < bound), "none") for bound in BOUNDS)]
-        for schedule, of_T in results.items()
-        for name in SAMPLERS
-    ]
-    last_step = {T: deviation_of_x0_hat(MeanRevertingSDE(T, dtype=torch.float64), ONE[1]) for T in STEPS}
-    exact = [[T, *(f"{cosine[T][name].exact:.3f}" for name in SAMPLERS), f"{last_step[T]:.3f}"] for T in STEPS]
+def errors_table(cosine: dict) -> str:
+    return table(["T", *STEPS], [[name, *(f"{cosine[T][name].error:.2g}" for T in STEPS)] for name in SAMPLERS])
 
-    def samples(**fields):
-        header = ["schedule", "T", *(f"{field}: {name}" for field in fields.values() for name in SAMPLERS)]
-        rows = [
-            [schedule, T, *(f"{getattr(of_T[T][name], field):.3f}" for field in fields for name in SAMPLERS)]
-            for schedule, of_T in results.items()
-            for T in STEPS
-        ]
-        return table(header, rows)
 
-    return f"""# Figure 2: optimal sampling against the reverse SDE
+def bounds_table(results: dict) -> str:
+    lines = []
+    for schedule, of_T in results.items():
+        for name in SAMPLERS:
+            first = [next((T for T in STEPS if of_T[T][name].error < bound), "none") for bound in BOUNDS]
+            lines.append([schedule, name, *first])
+    return table(["schedule", "sampler", *(f"below {bound:g}" for bound in BOUNDS)], lines)
 
-`python results/figure2.py`, picture: [figure2.png](figure2.png). "Quiet end": Eq. 3, but without the noise of the
-step from t = 1 to 0, which optimal sampling does not have either (Eq. 7).
 
-## (a) Reconstruction of a known x_0, the paper's experiment
+def exact_table(cosine: dict) -> str:
+    lines = []
+    for T in STEPS:
+        last_step = deviation_of_x0_hat(MeanRevertingSDE(T, dtype=torch.float64), ONE[1])
+        lines.append([T, *(f"{cosine[T][name].exact:.3f}" for name in SAMPLERS), f"{last_step:.3f}"])
+    return table(["T", *SAMPLERS, "E(x_0 given x_1)"], lines)
 
-Rms error over {ROWS:,} x_0 evenly on [-1, 1], schedule cosine. From x_T (Eq. 4) back with the exact noise of x_t
-given x_0: by Eq. 6-8, and by Eq. 3 in Euler-Maruyama steps. With that noise Eq. 8 gives x_0 itself at every t, and
-Eq. 7 at t = 1 gives x0-hat: optimal sampling returns x_0 whatever T is.
 
-{table(["T", *STEPS], errors)}
-
-The smallest of these T at which the rms error is below a bound:
-
-{table(["schedule", "sampler", *(f"below {bound:g}" for bound in BOUNDS)], first)}
-
-## (b) The distribution that each sampler gives
-
-One Gaussian of deviation {ONE[1]:.2f}, from standard Gaussian noise and with the exact noise of the distribution,
-E(eps given x_t): deviation of the samples in closed form (each sampler is linear in its noise here), schedule cosine.
-Optimal sampling takes x0-hat = E(x_0 given x_t) for x_0 in each step, and so loses variance that x_0 has given x_t; in
-the last step, which adds no noise, all of it. The last column is what that step alone makes of an x_1 that is
-distributed as it should be. So a policy that knows the noise exactly still samples nearer to the mean of the data's
-actions than the data does.
-
-{table(["T", *SAMPLERS, "E(x_0 given x_1)"], exact)}
-
-From {ROWS:,} samples, the same Gaussian. sd: deviation of the samples (target {ONE[1]:.3f}). W1: Wasserstein-1 distance
-to the target.
-
-{samples(one="sd", distance_one="W1")}
-
-Two equally likely modes at ±{TWO[0][1]:.2f} of deviation {TWO[1]:.2f} each. mode sd: deviation of the samples'
-absolute value, the width of a mode where the modes lie apart (target {two.std():.3f}). between: share of the samples
-between the modes, within ±{BETWEEN} (target {(two < BETWEEN).mean():.3f}): on a coarse grid a step's x0-hat, a mean
-over both modes, pulls samples to where there is no data.
-
-{samples(two="mode sd", between="between", distance_two="W1")}
-"""
+def samples_table(results: dict, **fields: str) -> str:
+    """Those fields of Measure, under their titles."""
+    lines = []
+    for schedule, of_T in results.items():
+        for T in STEPS:
+            values = (getattr(of_T[T][name], field) for field in fields for name in SAMPLERS)
+            lines.append([schedule, T, *(f"{value:.3f}" for value in values)])
+    titles = [f"{title}: {name}" for title in fields.values() for name in SAMPLERS]
+    return table(["schedule", "T", *titles], lines)
 
 
 def draw(cosine: dict, path: Path):
@@ -159,14 +128,22 @@ def draw(cosine: dict, path: Path):
     save(figure, path)
 
 
-def main():
-    folder = start(argparse.ArgumentParser(description=__doc__)).out
-    results = {
-        schedule: {T: {name: measure(schedule, T, sampler) for name, sampler in SAMPLERS.items()} for T in STEPS}
-        for schedule in SCHEDULES
-    }
-    draw(results["cosine"], folder / "figure2.png")
-    (folder / "figure2.md").write_text(markdown(results))
+def main(argv=None):
+    folder = start(argparse.ArgumentParser(description=__doc__), argv).out
+    results = {}  # [schedule][T][sampler]
+    for schedule in SCHEDULES:
+        results[schedule] = {T: {name: measure(schedule, T, each) for name, each in SAMPLERS.items()} for T in STEPS}
+    cosine = results["cosine"]
+    draw(cosine, folder / "figure2.png")
+    fill(
+        "figure2.md",
+        folder,
+        errors=errors_table(cosine),
+        bounds=bounds_table(results),
+        exact=exact_table(cosine),
+        one=samples_table(results, one="sd", distance_one="W1"),
+        two=samples_table(results, two="mode sd", between="between", distance_two="W1"),
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A distribution is a mixture of equally likely Gaussians of one deviation, `width
 """
 
 import numpy as np
-import pages  # noqa: F401  (erdp.py is found by it)
+import pages  # noqa: F401 (so that erdp.py is found)
 import scipy.stats
 import torch
 

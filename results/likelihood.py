@@ -1,6 +1,6 @@
 """The likelihood loss (Table 4's, Gym and Kitchen) against noise matching and `posterior`, where the answer is known.
 
-    python results/likelihood.py                # writes likelihood.png and likelihood.md beside this file
+    python results/likelihood.py                # makes likelihood.png and the tables of likelihood.md
     python results/likelihood.py --out FOLDER
 
 The data: 2-D actions a ~ N(mu(s), WIDTH^2) of states s on [-1, 1]. For each loss and number of steps T a small network
@@ -12,13 +12,14 @@ takes the answer for the noise.
 
 import argparse
 import functools
+import itertools
 import math
 from pathlib import Path
 
 import torch
 from known_noise import exact_noise, gaussian
 from matplotlib import pyplot as plt
-from pages import save, start, table
+from pages import fill, save, start, table
 
 import erdp
 
@@ -83,26 +84,34 @@ def measure(network, sde, clip: bool) -> tuple[float, float]:
     return float(bias), float((a - a.mean(1, keepdim=True)).square().mean().sqrt())
 
 
-def results() -> dict:
-    """[(loss, clip, T)] -> (bias, deviation) of the trained network, then of the minimiser."""
-    result = {}
-    for T in STEPS:
+def measurements() -> dict:
+    """[loss, clip, who, T] -> (bias, deviation)."""
+    found = {}
+    for T, loss in itertools.product(STEPS, LOSSES):
         exact, sde = erdp.MeanRevertingSDE(T, dtype=torch.float64), erdp.MeanRevertingSDE(T)
-        for loss in LOSSES:
-            network = trained(sde, loss)
-            for clip in (False, True):
-                best = functools.partial(minimiser, exact, loss)
-                result[loss, clip, T] = *measure(network, sde, clip), *measure(best, exact, clip)
-    return result
+        network, best = trained(sde, loss), functools.partial(minimiser, exact, loss)
+        for clip in (False, True):
+            found[loss, clip, "trained", T] = measure(network, sde, clip)
+            found[loss, clip, "minimiser", T] = measure(best, exact, clip)
+    return found
 
 
-def longer_training() -> list:
-    """The lines of a table: bias and deviation at T = 5 of networks trained for LONGER updates."""
+def measured_table(found: dict, column: int) -> str:
+    lines = []
+    for loss, clip, who in itertools.product(LOSSES, (False, True), ("trained", "minimiser")):
+        figures = [f"{found[loss, clip, who, T][column]:.3g}" for T in STEPS]
+        lines.append([loss, "yes" if clip else "no", who, *figures])
+    return table(["loss", "x0-hat clipped", "network", *STEPS], lines)
+
+
+def longer_table() -> str:
+    """Of networks trained for LONGER updates at T = 5."""
     sde, lines = erdp.MeanRevertingSDE(5), []
     for loss in LOSSES:
         network = trained(sde, loss, LONGER)
         lines.append([loss, *(f"{value:.3g}" for clip in (False, True) for value in measure(network, sde, clip))])
-    return lines
+    head = "not clipped: bias", "not clipped: deviation", "clipped: bias", "clipped: deviation"
+    return table(["loss", *head], lines)
 
 
 def deviations_on_the_way(loss: str, T: int = 5, n: int = 20_000) -> list[float]:
@@ -118,69 +127,33 @@ def deviations_on_the_way(loss: str, T: int = 5, n: int = 20_000) -> list[float]
     return met[::-1]
 
 
-def markdown(result: dict, longer: list) -> str:
-    sections = []
-    for i, (title, what) in enumerate((("Bias", "0"), ("Deviation", f"{WIDTH:g} in the data"))):
-        rows = [
-            [loss, "yes" if clip else "no", who, *(f"{result[loss, clip, T][i + 2 * j]:.3g}" for T in STEPS)]
-            for loss in LOSSES
-            for clip in (False, True)
-            for j, who in enumerate(("trained", "minimiser"))
-        ]
-        sections.append(f"## {title} ({what})\n\n" + table(["loss", "x0-hat clipped", "network", *STEPS], rows))
-    sde, x = erdp.MeanRevertingSDE(5, dtype=torch.float64), torch.tensor([[0.0] * 2, [1.0] * 2], dtype=torch.float64)
-    gains = []
+def slopes_table() -> str:
+    sde = erdp.MeanRevertingSDE(5, dtype=torch.float64)
+    x, state = torch.tensor([[0.0] * 2, [1.0] * 2], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    lines = {}
     for loss in ("noise", "likelihood"):
-        eps = [minimiser(sde, loss, x, torch.full((2,), t), torch.zeros(2, 1).double())[:, :1] for t in range(1, 6)]
-        x_0 = [sde.predict_x0(x[:, :1], t, e) for t, e in zip(range(1, 6), eps, strict=True)]
-        gains.append([f"{loss}: slope of the noise", *(f"{float(e[1] - e[0]):.3g}" for e in eps)])
-        gains.append([f"{loss}: slope of x0-hat", *(f"{float(e[1] - e[0]):.3g}" for e in x_0)])
-        gains.append([f"{loss}: deviation of x_t met", *(f"{met:.3g}" for met in deviations_on_the_way(loss))])
-    coefficients = [sde.transition(0, t) for t in range(1, 6)]
-    seen = [f"{float((scale**2 * WIDTH**2 + var).sqrt()):.3g}" for scale, var in coefficients]
-    gains.append(["deviation of x_t in training (Eq. 4)", *seen])
-    return f"""# The likelihood loss on a coarse grid
-
-`python results/likelihood.py`, picture: [likelihood.png](likelihood.png).
-
-Data: 2-D actions, Gaussian of deviation {WIDTH} around a known function of the state. Networks: three hidden layers of
-64, {UPDATES:,} updates at batch 256, schedule cosine. Minimiser: the predictor at which the loss is least, in closed
-form. {SAMPLES} samples for each of {STATES} states; finished samples are clamped to [-1, 1]. Columns: T.
-
-Bias: rms error of the mean sample of a state. With no bias it would be about the deviation of the samples divided by
-{math.isqrt(SAMPLES)}. Deviation: of the samples of a state. From the exact noise it is below the data's on a coarse
-grid, because each step takes x0-hat for x_0, the last one without adding noise (see [figure2.md](figure2.md)).
-
-{sections[0]}
-
-{sections[1]}
-
-## Longer training
-
-T = 5, after {LONGER:,} updates in place of {UPDATES:,}.
-
-{table(["loss", *(f"{kind}: {m}" for kind in ("not clipped", "clipped") for m in ("bias", "deviation"))], longer)}
-
-## Where it comes from
-
-The minimisers are affine in x_t. T = 5: their slope in x_t; that of the x0-hat that Eq. 8 makes of them; the deviation
-of the x_t, at state 0, that a sampler meets with them, unclipped; and that of the x_t that a network is trained on.
-Where a sampler meets x_t far outside of those, a trained network need not be near the minimiser.
-
-{table(["T = 5", *(f"t = {t}" for t in range(1, 6))], gains)}
-"""
+        for t in range(1, 6):
+            eps = minimiser(sde, loss, x, torch.full((2,), t), state)
+            x_0 = sde.predict_x0(x, t, eps)
+            lines.setdefault(f"{loss}: slope of the noise", []).append(float((eps[1] - eps[0])[0]))
+            lines.setdefault(f"{loss}: slope of x0-hat", []).append(float((x_0[1] - x_0[0])[0]))
+        lines[f"{loss}: deviation of x_t met"] = deviations_on_the_way(loss)
+    in_training = [(decay**2 * WIDTH**2 + var) ** 0.5 for decay, var in (sde.transition(0, t) for t in range(1, 6))]
+    lines["deviation of x_t in training (Eq. 4)"] = in_training
+    rows = [[name, *(f"{value:.3g}" for value in values)] for name, values in lines.items()]
+    return table(["T = 5", *(f"t = {t}" for t in range(1, 6))], rows)
 
 
-def draw(result: dict, path: Path):
+def draw(found: dict, path: Path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.3))
     for i, panel in enumerate(axes):
         for loss, colour in zip(LOSSES, ("tab:blue", "tab:green", "tab:red"), strict=True):
             if loss != "likelihood":  # clipping moves no point of these to be seen
-                panel.plot(STEPS, [result[loss, True, T][i] for T in STEPS], "o-", color=colour, label=loss)
+                panel.plot(STEPS, [found[loss, True, "trained", T][i] for T in STEPS], "o-", color=colour, label=loss)
                 continue
             for clip, mark, how in ((False, "o", "not clipped"), (True, "x", "clipped")):
-                trained, best = ([result[loss, clip, T][i + j] for T in STEPS] for j in (0, 2))
-                panel.plot(STEPS, trained, mark + "-", color=colour, label=f"{loss}, x0-hat {how}")
+                ours, best = ([found[loss, clip, who, T][i] for T in STEPS] for who in ("trained", "minimiser"))
+                panel.plot(STEPS, ours, mark + "-", color=colour, label=f"{loss}, x0-hat {how}")
                 panel.plot(STEPS, best, mark + ":", color="0.5", label=f"its minimiser, x0-hat {how}")
         panel.set(xscale="log", yscale="log", xlabel="T")
         panel.set_xticks(STEPS, STEPS)
@@ -194,11 +167,18 @@ def draw(result: dict, path: Path):
     save(figure, path, dpi=110)
 
 
-def main():
-    folder = start(argparse.ArgumentParser(description=__doc__)).out
-    result, longer = results(), longer_training()
-    draw(result, folder / "likelihood.png")
-    (folder / "likelihood.md").write_text(markdown(result, longer))
+def main(argv=None):
+    folder = start(argparse.ArgumentParser(description=__doc__), argv).out
+    found = measurements()
+    draw(found, folder / "likelihood.png")
+    fill(
+        "likelihood.md",
+        folder,
+        bias=measured_table(found, 0),
+        deviation=measured_table(found, 1),
+        longer=longer_table(),
+        slopes=slopes_table(),
+    )
 
 
 if __name__ == "__main__":

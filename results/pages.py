@@ -1,4 +1,4 @@
-"""What the scripts of this folder share in making pages: their arguments, Markdown tables, pictures."""
+"""What the scripts of this folder share in making pages: their arguments, tables, pictures, and the pages' text."""
 
 import argparse
 import sys
@@ -18,23 +18,25 @@ def table(header, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
+def fill(page: str, out: Path, **made: str):
+    """Writes out/page: the text of that page here, with the paragraph or table below each `<!-- name -->` made anew."""
+    text = (RESULTS / page).read_text()
+    for name, paragraph in made.items():
+        before, marker, after = text.partition(f"<!-- {name} -->\n")
+        assert marker, f"{page} has no place <!-- {name} -->"
+        _, _, rest = after.partition("\n\n")
+        text = f"{before}{marker}{paragraph}\n\n{rest}"
+    (out / page).write_text(text.rstrip("\n") + "\n")
+
+
 def save(figure, path: Path, dpi: int = 100):
     figure.tight_layout()
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
-def draw_band(axis, group, name: str):
-    """A group of runs (`runs.Group`) over updates: mean ± deviation over seeds."""
-    steps, values = group.curve()
-    mean, std = values.mean(0), values.std(0)
-    seeds = f"{len(values)} seed" + "s" * (len(values) > 1)
-    (line,) = axis.plot(steps, mean, marker=".", label=f"{name} ({seeds})")
-    axis.fill_between(steps, mean - std, mean + std, alpha=0.1, color=line.get_color())
-
-
 def start(parser: argparse.ArgumentParser, argv=None, out: Path | None = RESULTS) -> argparse.Namespace:
-    """The arguments of a study, with --out, whose folder is made; ends the program where that cannot be."""
+    """The arguments of a script, with --out, whose folder is made; one thread. Mistakes are one line and status 2."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, default=out, help="the folder to write to")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}: see --help\n")

@@ -9,6 +9,7 @@ know the goal. Score 0 is no reward, 100 the mean return of a walker who knows t
 """
 
 import argparse
+import warnings
 
 import gymnasium as gym
 import minari
@@ -32,14 +33,8 @@ WAY = [(3, 1), (3, 2), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]  # its cells, fro
 
 def make_env() -> gym.Env:
     erdp.register_robots()
-    with erdp.quiet():
-        return gym.make(
-            "PointMaze_UMaze-v3",
-            maze_map=MAZE,
-            max_episode_steps=300,
-            continuing_task=True,
-            reset_target=False,
-        )
+    options = dict(continuing_task=True, reset_target=False)
+    return gym.make("PointMaze_UMaze-v3", maze_map=MAZE, max_episode_steps=300, **options)
 
 
 def push(maze, observation, target: int, noise) -> np.ndarray:
@@ -91,7 +86,7 @@ def main(argv=None):
     data = [episode(env, rng, knows_goal=False) for _ in range(args.episodes)]
     own = np.mean([sum(each.rewards) for each in data])
     try:
-        with erdp.quiet():
+        with warnings.catch_warnings(action="ignore"):  # at what the set does not say of its author
             minari.create_dataset_from_buffers(DATASET, data, env=env, ref_min_score=0.0, ref_max_score=float(best))
     except ValueError:
         parser.error(f"{DATASET} is there already: `minari delete {DATASET}` removes it")

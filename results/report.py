@@ -7,19 +7,21 @@
 
 What a run is, is read from its settings, never from its name. A line of a table of the paper is filled by runs on the
 row's own data with the settings that the paper has there, and by no others: runs with other settings, and runs on other
-data, have tables of their own. Unfinished runs are listed, not averaged.
+data, have tables of their own. Unfinished runs are listed, not averaged. A folder that cannot be read is named and left
+out. Lines of a peers.jsonl beside the runs (peers.py) have a table too.
 """
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from figure1 import figure1, in_words, mean_interval
+from figure1 import figure1, mean_gain, paired
 from matplotlib import pyplot as plt
-from pages import RESULTS, draw_band, save, table
+from pages import RESULTS, save, table
 from runs import (
     CLIPPED_DOUBLE_Q,
     CLONING,
@@ -101,16 +103,26 @@ def of_arm(groups: list[Group], env: str, arm: dict) -> Group | None:
     return next((group for group in groups if group.own_data and (group.env, group.arm) == (env, arm)), None)
 
 
-def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> str:
+HEAD = """# The paper's tables, and what has been run
+
+Made by `python results/report.py`. Scores are D4RL's normalised ones, ± is the standard deviation over seeds (divisor
+n). *Final* is a run's last evaluation, *best* its best one: the released code keeps the best, the paper does not say.
+Beside a figure of the paper stand only runs on the row's own data, with the paper's settings there and its number of
+updates; rows and tables without such runs are left out.
+"""
+CLONED = """Final scores, seed by seed. Both have the same episodes, but act differently: cloning by a plain sample,
+what learns with Q by the best of 50, unless `--eval-candidates` says otherwise. Mean difference with its 95% interval,
+by Student's t over seeds, as if their number had been fixed beforehand, which on Hopper it was not
+([looks.md](looks.md)); bold: the interval leaves out 0.
+"""
+PEERS = """Small networks on the same data and episodes (`python results/peers.py`): the score of the last policy, with
+its standard error over episodes, not over seeds.
+"""
+
+
+def tables(groups: list[Group], unfinished: list[Run], peers: list[dict], pictures: set[str]) -> str:
     """tables.md. `pictures` are the names of those that have been drawn."""
-    text = [
-        "# The paper's tables, and what has been run\n",
-        "Made by `python results/report.py`. Scores are D4RL's normalised ones, ± is the standard deviation over seeds "
-        "(divisor n). *Final* is a run's last evaluation, *best* its best one: the released code keeps the best, the "
-        "paper does not say. Beside a figure of the paper stand only runs on the row's own data, with the paper's "
-        "settings there and its number of updates; rows and tables without such runs are left out.\n",
-    ]
-    shown = []
+    text, shown = [HEAD], []
     for title, note, rows, average, picture in sections():
         found = [(env + name, figure, of_arm(groups, env, arm)) for env, name, arm, figure in rows]
         lines = [[name, figure, *group.outcome(), group.data] for name, figure, group in found if group]
@@ -128,23 +140,19 @@ def tables(groups: list[Group], unfinished: list[Run], pictures: set[str]) -> st
     for own, title in ((True, "Runs on the paper's data with other settings"), (False, "Runs on other data")):
         lines = []
         for g in (g for g in rest if g.own_data == own):
-            config, score = g.runs[0].config, "" if g.data_score is None else f"{g.data_score:.1f}"
-            steps = f"{config['num_steps']:,}"
-            lines.append([g.env, g.data, score, label(g.arm), steps, config["eval_episodes"], *g.outcome()])
+            score, steps = "" if g.data_score is None else f"{g.data_score:.1f}", f"{g.setting('num_steps'):,}"
+            lines.append([g.env, g.data, score, label(g.arm), steps, g.setting("eval_episodes"), *g.outcome()])
         if lines:
             head = ["row", "data set", "data's own score", "settings", "updates", "episodes", "final", "best", "seeds"]
             text += [f"## {title}\n", "Not to be held against the paper's figures.\n", table(head, lines) + "\n"]
     if lines := against_cloning(rest):
         head = ["row", "data set", "settings", "updates", "ahead of cloning by", "seeds"]
-        note = (
-            "Final scores, seed by seed. Both have the same episodes, but act differently: cloning by a plain sample, "
-            "what learns with Q by the best of 50, unless `--eval-candidates` says otherwise. Mean difference with its "
-            "95% interval, by Student's t over seeds, as if their number had been fixed beforehand, which on Hopper it "
-            "was not ([looks.md](looks.md)); bold: the interval leaves out 0.\n"
-        )
-        text += ["## Learning with Q against cloning\n", note, table(head, lines) + "\n"]
+        text += ["## Learning with Q against cloning\n", CLONED, table(head, lines) + "\n"]
         text += ["![The data sets on which cloning has two seeds or more](cloning.png)\n"] * ("cloning.png" in pictures)
     text += ["![Learning curves of the runs on other data](curves.png)\n"] * ("curves.png" in pictures)
+    if peers:
+        head = ["data set", "peer", "seed", "updates", "episodes", "score ± standard error", "the data's own"]
+        text += ["## Plain peers\n", PEERS, table(head, peer_lines(peers)) + "\n"]
     if unfinished:
         lines = [[run.name, f"{run.evaluations['step'][-1]:,.0f} of {run.config['num_steps']:,}"] for run in unfinished]
         text += ["## Unfinished runs\n", table(["run", "updates"], lines) + "\n"]
@@ -162,15 +170,19 @@ def against_cloning(groups: list[Group]) -> list[list]:
     for group in groups:
         (cloned if CLONING.items() <= group.arm.items() else learned).append(group)
     for group, clone in itertools.product(learned, cloned):
-        ours, theirs = group.finals(), clone.finals()
-        seeds = sorted(ours.keys() & theirs.keys())
-        n = len(seeds)
-        if n < 2 or alike(group) != alike(clone):
-            continue
-        gains = np.array([ours[seed] - theirs[seed] for seed in seeds])
-        words = in_words(gains.mean(), mean_interval(gains), "+.1f")
-        steps = f"{group.runs[0].config['num_steps']:,}"
-        lines.append([group.env, group.data, label(group.arm), steps, words, n])
+        ours, theirs = paired(group, clone)
+        if len(ours) > 1 and alike(group) == alike(clone):
+            names = group.env, group.data, label(group.arm), f"{group.setting('num_steps'):,}"
+            lines.append([*names, mean_gain(ours, theirs), len(ours)])
+    return lines
+
+
+def peer_lines(peers: list[dict]) -> list[list]:
+    lines = []
+    for peer in sorted(peers, key=lambda peer: (peer["dataset"], peer["peer"], peer["steps"], peer["seed"])):
+        score = f"{peer['score']:.1f} ± {peer['error']:.1f}"
+        names = (peer[name] for name in ("dataset", "peer", "seed"))
+        lines.append([*names, f"{peer['steps']:,}", peer["episodes"], score, f"{peer['data']:.1f}"])
     return lines
 
 
@@ -185,7 +197,7 @@ def draw_curves(path: Path, panels: dict[str, dict[str, Group]]):
         axis.axis("off")
     for axis, (title, lines) in zip(axes.flat, panels.items()):
         for name, group in lines.items():
-            draw_band(axis, group, name)
+            group.draw(axis, name)
         if group.data_score is not None:
             axis.axhline(group.data_score, color="gray", linestyle="--", label="the data's own score")
         axis.set(xlabel="updates", ylabel="score: mean ± deviation (seeds)")
@@ -204,12 +216,13 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
             panels[f"{env}\n{', '.join(arms)}"] = {name: group for name, group in lines.items() if group}
         return {title: lines for title, lines in panels.items() if lines}
 
-    others = {}  # a panel for each data set and loss, and of each arm there its longest runs
-    for group in sorted(groups, key=lambda group: (group.title(), group.runs[0].config["num_steps"])):
+    others = {}  # a panel for each data set, loss and number of episodes, and of each arm there its longest runs
+    for group in sorted(groups, key=lambda g: (g.env, g.data, g.transitions, g.setting("num_steps"))):
         if not group.own_data and group.env != "toy":
             rest = {name: x for name, x in group.arm.items() if name not in MEASURING}
             loss = {name: rest.pop(name) for name in ("loss", "clip_denoised") if name in rest}
-            title = group.title().replace(": ", "\n") + (f"\n{label(loss)}" if loss else "")
+            told = f"{label(loss)}, " * bool(loss) + f"{group.setting('eval_episodes')} episodes an evaluation"
+            title = f"{group.env}\n{group.data}, {group.transitions:,} transitions\n{told}"
             others.setdefault(title, {})[label(rest)] = group
     sizes = paper({name: SIZES[name] for name in ("M = 1", "M = 4", "M = 64")})
     found = {"figure3.png": sizes | paper(ALPHAS), "figure4.png": paper(METHODS), "figure5.png": sizes}
@@ -222,16 +235,21 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
 # ==== 4. The command line =============================================================================================
 
 
-def report(runs: list[Run], out: Path):
+def report(runs: list[Run], peers: list[dict], out: Path):
     """All tables and pictures, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
     groups, unfinished = group_runs(runs), [run for run in runs if not run.result]
     pictures = panels_of(groups)
     for name, panels in pictures.items():
         draw_curves(out / name, panels)
-    (out / "tables.md").write_text(tables(groups, unfinished, set(pictures)))
+    (out / "tables.md").write_text(tables(groups, unfinished, peers, set(pictures)))
     figure1(groups, out)
     print(f"{len(runs) - len(unfinished)} finished and {len(unfinished)} unfinished runs: see tables.md in {out}")
+
+
+def read_peers(folders: list[Path]) -> list[dict]:
+    paths = [path for folder in folders if (path := folder / "peers.jsonl").exists()]
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,29 +258,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write to (default: FOLDER/report)")
     parser.add_argument("--collect", action="store_true", help="add the finished runs to results/runs.jsonl instead")
     parser.add_argument("--publish", action="store_true", help="add them, and make the pages in results/ anew")
-
-    def fail(message: str):
-        raise UserError(f"{message}: see --help")
-
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"report: {message}: see --help\n")
+    args = parser.parse_args(argv)
+    if missing := [folder for folder in args.folders if not folder.is_dir()]:
+        parser.error(f"{missing[0]} is no folder: give folders that hold runs")
+    if not args.folders and args.collect:
+        parser.error("--collect needs a folder")
     try:
-        args = parser.parse_args(argv)
-        if missing := [folder for folder in args.folders if not folder.is_dir()]:
-            raise UserError(f"{missing[0]} is no folder: give folders that hold runs")
-        if not args.folders and args.collect:
-            fail("--collect needs a folder")
         runs = read_runs(args.folders) if args.folders else read_records(RECORDS)
         if args.folders and (args.collect or args.publish):
             runs = collect(runs)
             print(f"{RECORDS} has {len(runs)} runs")
         if not args.collect:
             here = not args.folders or args.publish
-            report(runs, args.out or (RESULTS if here else args.folders[0] / "report"))
-    except UserError as error:
+            peers = read_peers([RESULTS] if here else args.folders)
+            report(runs, peers, args.out or (RESULTS if here else args.folders[0] / "report"))
+    except (UserError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"report: {erdp.first_line(error)}: give a folder that can be read and written", file=sys.stderr)
         return 2
     return 0
 

@@ -1,12 +1,14 @@
 """Runs as their folders and results/runs.jsonl have them, and which of them differ in nothing but the seed.
 
 What a run is, is read from its settings, never from its name. runs.jsonl has a line for each finished run: its name,
-settings (config), evaluations (metrics.csv), result and, of the toy, Q in the state in which episodes start.
+settings (config), evaluations (metrics.csv), result and, of the toy, Q in the state in which episodes start. Earlier
+versions of the program wrote some of the settings otherwise; what they left is read, too.
 """
 
+import contextlib
 import csv
-import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,10 @@ import erdp
 from erdp import UserError
 
 RECORDS = RESULTS / "runs.jsonl"
+UNKEPT = "run_dir resume checkpoint eval_only domain spec layout low high dtype ref_min ref_max".split()  # of config
+ACTIONS = torch.linspace(-1, 1, 41)[:, None]  # at which the toy's records keep Q in the state that episodes start in
 
 # ==== 1. Reading and keeping them =====================================================================================
-
-UNKEPT = "run_dir", "resume", "checkpoint", "eval_only"  # of a run's settings
-ACTIONS = torch.linspace(-1, 1, 41)[:, None]  # at which the toy's records keep Q in the state that episodes start in
 
 
 class Run(NamedTuple):
@@ -46,19 +47,20 @@ def without_home(value):
 
 
 def read_folder(folder: Path) -> Run:
-    """The run that left `folder`. Raises UserError where a file of it is missing or damaged."""
-    with erdp.refusing(f"{folder} cannot be read as a run", "copy the run again, or leave its folder out"):
+    """The run that left `folder`. Raises UserError where a file of it is missing or damaged, or a score not finite."""
+    with erdp.refusing(f"{folder} cannot be read as a run", LookupError, TypeError, AttributeError):
         config = json.loads((folder / "config.json").read_text())
         config = {name: without_home(rounded(value)) for name, value in config.items() if name not in UNKEPT}
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
-        numbers = {name: [rounded(float(row[name])) if row[name] else None for row in rows] for name in rows[0]}
+        columns = {name: [rounded(float(row[name])) if row[name] else None for row in rows] for name in rows[0]}
         path, result, start_q = folder / "result.json", None, None
         if path.exists():
             result = {name: rounded(value) for name, value in json.loads(path.read_text()).items()}
         if config["env"] == "toy" and (folder / "policy.pt").exists():
-            start_q = q_at_start(folder / "policy.pt")
-        return checked(Run(folder.name, config, numbers, result, start_q))
+            with contextlib.suppress(UserError):  # an earlier version's policy, which this program does not load
+                start_q = q_at_start(folder / "policy.pt")
+        return checked(Run(folder.name, config, columns, result, start_q))
 
 
 def q_at_start(path: Path) -> dict:
@@ -71,9 +73,13 @@ def q_at_start(path: Path) -> dict:
 
 def checked(run: Run) -> Run:
     """The run itself. Raises an exception where it lacks something, or its parts do not agree."""
-    for name in ("env", "seed", "dataset_id", "transitions", "num_steps", "eval_episodes"):
+    for name in ("env", "seed", "dataset", "dataset_id", "transitions", "num_steps", "eval_episodes"):
         run.config[name]
+    if run.config["env"] not in erdp.ROWS:  # an earlier version had a data set's id there
+        run.config["env"] = "own"
     steps, scores = run.evaluations["step"], run.evaluations["score_mean"]
+    if not np.isfinite(scores).all():
+        raise ValueError("one of its scores is NaN or infinite")
     found = run.result or dict(final=scores[-1], best=max(scores))
     if len(steps) != len(scores) or (found["final"], found["best"]) != (scores[-1], max(scores)):
         raise ValueError("its result does not agree with its evaluations")
@@ -81,14 +87,22 @@ def checked(run: Run) -> Run:
 
 
 def read_records(path: Path) -> list[Run]:
-    with erdp.refusing(f"{path} cannot be read", "take it from the repository again"):
+    with erdp.refusing(f"{path} cannot be read, take it from the repository again", LookupError, TypeError):
         return [checked(Run(**json.loads(line))) for line in path.read_text().splitlines()]
 
 
 def read_runs(tops: list[Path]) -> list[Run]:
-    """Every run below folders, finished ones first. Of those with the same settings, data and seed the first."""
-    paths = [path.parent for top in tops for path in sorted(top.rglob("config.json"))]
-    runs, kept = [read_folder(path) for path in paths if (path / "metrics.csv").exists()], {}
+    """Every run below folders, finished ones first. Of those with the same settings, data and seed the first.
+
+    One that cannot be read is named and left out.
+    """
+    runs, kept = [], {}
+    for top in tops:
+        for path in sorted(top.rglob("metrics.csv")):
+            try:
+                runs.append(read_folder(path.parent))
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
     for run in sorted(runs, key=lambda run: run.result is None):
         if kept.setdefault(identity(run), run) is not run:
             print(f"{run.name} is left out: {kept[identity(run)].name} has the same settings, data and seed")
@@ -103,8 +117,9 @@ def collect(runs: list[Run]) -> list[Run]:
     if twice := sorted(name for name in set(names) if names.count(name) > 1):
         raise UserError(f"{RECORDS} has another run of the name {twice[0]}: rename one of the two")
     found = sorted(known.values(), key=lambda run: run.name)
-    text = "".join(json.dumps({k: x for k, x in run._asdict().items() if x is not None}) + "\n" for run in found)
-    erdp.write_whole(RECORDS, lambda file: file.write(text.encode()))
+    with erdp.whole_file(RECORDS) as file:
+        for run in found:
+            file.write(json.dumps({name: x for name, x in run._asdict().items() if x is not None}) + "\n")
     return found
 
 
@@ -115,6 +130,7 @@ CLONING = dict(eta=0, entropy_coef=0, eval_candidates=1)
 CLIPPED_DOUBLE_Q = dict(pessimism="min", num_critics=2, entropy_coef=0)
 MEASURING = {"num_steps", "eval_every", "eval_episodes"}  # they change what "final" and "best" mean
 CRITICS_ONLY = {"num_critics", "lcb_coef", "pessimism", "max_q_backup", "variant"}  # of no effect on a cloned policy
+UNTOLD = erdp.FREE - MEASURING - {"eval_candidates", "eval_env"} | {"seed", "env"}  # of no arm
 
 
 class Group(NamedTuple):
@@ -127,6 +143,9 @@ class Group(NamedTuple):
     own_data: bool  # the row's own data, which is the paper's
     arm: dict
     runs: list[Run]
+
+    def setting(self, name: str):
+        return self.runs[0].config[name]
 
     def finals(self) -> dict[int, float]:
         """Final score by seed."""
@@ -147,29 +166,32 @@ class Group(NamedTuple):
         steps = sorted(set.intersection(*map(set, columns)))
         return steps, np.array([[column[step] for step in steps] for column in columns])
 
-    def title(self) -> str:
-        return f"{self.env}: {self.data}, {self.transitions:,} transitions"
+    def draw(self, axis, name: str):
+        """Its scores over updates: mean ± deviation over seeds."""
+        steps, values = self.curve()
+        mean, std = values.mean(0), values.std(0)
+        (line,) = axis.plot(steps, mean, marker=".", label=f"{name} ({len(values)} seed{'s' * (len(values) > 1)})")
+        axis.fill_between(steps, mean - std, mean + std, alpha=0.1, color=line.get_color())
 
 
 def arm_of(config: dict) -> dict:
     """The settings that differ from the preset of the run's row, without those that change no result."""
-    free = erdp.FREE - MEASURING - {"eval_candidates"} | {"seed", "env"}
-    preset = dataclasses.asdict(erdp.preset(config["env"], config.get("variant", "paper")))
-    names = [name for name in preset if name not in free and name in config]
+    preset = vars(erdp.preset(config["env"], config.get("variant", "paper")))
+    names = [name for name in preset if name not in UNTOLD and name in config]
     arm = {name: config[name] for name in names if config[name] != preset[name]}
     return {k: x for k, x in arm.items() if not (CLONING.items() <= arm.items() and k in CRITICS_ONLY)}
 
 
 def identity(run: Run) -> tuple:
     """What tells runs apart: the fields of a Group but the last, and the seed."""
-    config, name = run.config, run.config["dataset_id"]
-    row, score = erdp.ROWS.get(config["env"]), config.get("data_score")
-    if name.endswith(erdp.HDF5):
-        own, name = config["dataset"] is None, without_home(name)
-    else:
-        own = row is not None and row.dataset in (name, name.rpartition("-v")[0])
+    config, name = run.config, without_home(run.config["dataset_id"])
+    own_name = erdp.ROWS[config["env"]].dataset
+    if name.endswith(erdp.HDF5) and config["dataset"] is None:
+        name = own_name
+    score = config.get("data_score")
     score = None if config["env"] == "toy" or score is None else round(score, 1)
-    return config["env"], name, config["transitions"], score, own, tuple(arm_of(config).items()), config["seed"]
+    arm = tuple(arm_of(config).items())
+    return config["env"], name, config["transitions"], score, name == own_name, arm, config["seed"]
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -181,12 +203,12 @@ def group_runs(runs: list[Run]) -> list[Group]:
     found = []
     for (*key, arm), some in groups.items():
         found.append(Group(*key, dict(arm), sorted(some, key=lambda run: run.config["seed"])))
-    return sorted(found, key=lambda g: (g.data, label(g.arm), g.runs[0].config["num_steps"], str(g.arm)))
+    return sorted(found, key=lambda g: (g.data, label(g.arm), g.setting("num_steps"), str(g.arm)))
 
 
-def label(arm: dict) -> str:
-    """An arm in words; what has no words, as flags. The number of updates is told apart from it, in a column."""
-    words, rest = [], {key: value for key, value in arm.items() if key not in MEASURING}
+def label(arm: dict, untold=MEASURING) -> str:
+    """An arm in words; what has no words, as flags. Numbers of updates and episodes are left to columns of tables."""
+    words, rest = [], {key: value for key, value in arm.items() if key not in untold}
     for name, settings in {"behaviour cloning": CLONING, "clipped double Q": CLIPPED_DOUBLE_Q}.items():
         if settings.items() <= rest.items():
             words.append(name)
