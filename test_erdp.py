@@ -1087,7 +1087,7 @@ def test_mishs_compiled_formula_equals_pytorchs(monkeypatch):
 
 
 # ==== Section 4.1: acting =============================================================================================
-def test_section_4_1_acts_by_softmax_over_the_candidates_values():
+def test_acting_is_by_softmax_over_the_candidates_values():
     value = torch.tensor([0.3, -1.0, 1.2, 0.5])
     p, *others = (scipy.special.softmax(scale * value.numpy()) for scale in (1.0, 0.9, 1.1, -1.0, 0.0))
     N, generator = 200_000, torch.Generator().manual_seed(0)
@@ -1098,7 +1098,7 @@ def test_section_4_1_acts_by_softmax_over_the_candidates_values():
     assert_counts("softmax", chosen[:, 0].long().bincount(minlength=4), p, [*others, np.roll(p, 1)])
 
 
-def test_section_4_1_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it():
+def test_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it():
     quarters, tenths, first_is_out = [0.0] * 4, [5e4] * 10, [-math.inf, 0.0, 0.0]
     last = np.nextafter(1, 0)  # which ten rounded shares of 0.1 do not exceed
     edges = [(quarters, u, n) for u, n in ((0.0, 0), (np.nextafter(0.25, 0), 0), (0.25, 1), (0.75, 3), (last, 3))]

@@ -2,8 +2,8 @@
 
     python results/benchmark.py                                # updates a second for M = 1, 4, 16 and 64
     python results/benchmark.py --env antmaze-medium-play-v0   # with that row's settings: max Q-backup
-    python results/benchmark.py --growth                       # cost against M, batch size, T and the data's size
-    python results/benchmark.py --released CHECKOUT            # ... and the authors' released code, cloned there
+    python results/benchmark.py --growth                       # and the cost against M, batch size, T and data
+    python results/benchmark.py --released CHECKOUT            # and the authors' released code, cloned there
     python results/benchmark.py --out results/benchmark-cpu.md # also writes the page
 
 Ways of running the same update are timed in turn, slice by slice, in one process, so that a change of the machine's
@@ -17,7 +17,7 @@ speed meets them all; a figure is the median over slices. The ways:
     captured   as one CUDA graph (CUDA only; there the next two are captured too, as in the program)
     bf16       --compile --precision bf16
 
-The first two multiply matrices as PyTorch does by itself, the others as `erdp.set_matmul_precision` has it. Beside them
+The first two multiply matrices as PyTorch does by itself, the others as `erdp.use_device` has it. Beside them
 stands the bound: the matrix products of one update alone, into memory that is there already. The data is random and of
 AntMaze's sizes unless --dataset is given. The last lines are `BENCH M=<M> <updates a second>`, of the fastest way in
 float32.
@@ -33,7 +33,6 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import torch
 import torch.nn.functional as F
 from pages import table
@@ -66,16 +65,18 @@ def learner(args: erdp.Args, way: str, data: erdp.Batch):
         agent.policy_optimizer = torch.optim.Adam(agent.policy.parameters(), args.lr)
         agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.critic_lr)
     generator = torch.Generator(args.device).manual_seed(args.seed)
+    rows = torch.empty(args.batch_size, dtype=torch.int64, device=args.device)
     noise = erdp.noise_buffers(args, data.action.shape[1], args.device)
 
     def learn():
-        erdp.update(agent, erdp.Batch(*(column[noise.rows] for column in data)), noise)
+        erdp.update(agent, erdp.Batch(*(column[rows] for column in data)), noise)
 
     if args.device != "cpu" and way in ("captured", "compiled", "bf16"):
         learn = erdp.Captured(learn)
 
     def step():
-        erdp.sample_noise(noise, len(data.reward), generator)
+        rows.random_(0, len(data.reward), generator=generator)
+        erdp.sample_noise(noise, generator)
         learn()
 
     return step, agent
@@ -119,14 +120,14 @@ def by_default(step, args: erdp.Args):
     def run():
         torch.set_float32_matmul_precision("highest")
         step()
-        erdp.set_matmul_precision(args)
+        erdp.use_device(args)
 
     return run
 
 
 def products(args: erdp.Args, state_dim: int, action_dim: int):
     """A function that makes the matrix products of one update alone, their operations, and the bytes that they move."""
-    M, B, H, C = args.num_critics, args.batch_size, args.hidden, erdp.BACKUP_CANDIDATES if args.max_q_backup else 1
+    M, B, H, C = args.num_critics, args.batch_size, args.hidden, 10 if args.max_q_backup else 1
     calls, operations, moved = [], 0, 0
 
     def add(times, batch, rows, inner, columns):
@@ -236,30 +237,21 @@ def growth(args: erdp.Args, data: erdp.Batch, seconds: float) -> str:
     return table([f"{way}, one thing changed", "updates a second", "ms an update"], lines)
 
 
-def evaluation_speed(args: erdp.Args, seconds: float) -> str:
+def evaluation_speed(num_critics: int, device: str, episodes: int = 4) -> str:
     """Environment steps a second of an untrained policy in AntMaze's umaze, 50 candidates an action."""
-    with erdp.quiet():
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
-        env = gym.make("AntMaze_UMaze-v5", continuing_task=False)
-        env.close()
-    low, high = env.action_space.low, env.action_space.high
-    task = erdp.Task("antmaze", None, "", env.spec, env.observation_space, low, high, 0.0, 1.0)
-    actor = erdp.Actor(erdp.Agent(task.state_dim, len(low), args, args.device), None, low, high)
-    steps = 0
-
-    def counting(state, streams):
-        nonlocal steps
-        steps += len(state)
-        return actor(state, streams)
-
-    counting.low = actor.low
-    with contextlib.closing(erdp.make_envs(task, args.eval_episodes)) as envs:
+    args = erdp.preset("antmaze-umaze-v0", device=device)
+    args = dataclasses.replace(args, num_critics=num_critics, compile=False, eval_env="AntMaze_UMaze-v5")
+    with erdp.make_env(args) as env:
+        about, spec = erdp.describe_env(env, None), erdp.as_json(env.spec)
+    about |= dict(dataset_id="", transitions=0, data_checksum=0, data_episodes=0, data_return=0.0, ref_min=0, ref_max=1)
+    task = erdp.Task(domain="antmaze", spec=spec, **about)
+    agent = erdp.Agent(erdp.size(task.layout), len(task.low), args, device)
+    actor = erdp.Actor(agent, task.layout, task.low, task.high, task.dtype)
+    with erdp.playing(task, episodes) as envs:
         began = time.perf_counter()
-        erdp.evaluate(counting, envs, args.eval_episodes, 0, lambda: time.perf_counter() - began > seconds)
+        steps = erdp.evaluate(actor, envs, episodes, 0)["length"].sum()
         rate = steps / (time.perf_counter() - began)
-        return f"M = {args.num_critics}: {rate:.0f} environment steps a second in {envs.num_envs} processes"
+        return f"M = {num_critics}: {rate:.0f} environment steps a second in {envs.num_envs} processes"
 
 
 def random_data(args: erdp.Args, size: int = ROWS) -> erdp.Batch:
@@ -270,15 +262,20 @@ def random_data(args: erdp.Args, size: int = ROWS) -> erdp.Batch:
 
 
 def machine(device: str) -> str:
-    cpu = platform.processor() or platform.machine()
+    """The CPU by its name, family and model, as a virtual machine's name may say little; the GPU; PyTorch; the day."""
+    about = {}
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            about.setdefault(name.strip(), value.strip())
+    cpu = about.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in about:
+        cpu += f" (family {about['cpu family']}, model {about['model']})"
     name = cpu if device == "cpu" else f"{torch.cuda.get_device_name(device)} beside {cpu}"
     return f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=erdp.ROWS, default="antmaze-umaze-v0", help="the row whose settings are used")
     parser.add_argument("--dataset", help="a data set in place of random data, as erdp.py takes it")
@@ -286,36 +283,38 @@ def main():
     parser.add_argument("--precision", choices=("float32", "tf32", "bf16"), help="as erdp.py takes it")
     parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a clone of the authors' code")
     parser.add_argument("--seconds", type=float, default=15.0, help="of timing a line")
-    parser.add_argument("--growth", action="store_true", help="how cost grows, in place of the comparison")
+    parser.add_argument("--growth", action="store_true", help="how cost grows, too")
     parser.add_argument("--out", type=Path, help="also write the tables to this file")
     parser.error = lambda message: parser.exit(2, f"benchmark: {message}: see --help\n")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if min(options.critics) < 1 or not options.seconds > 0:
         parser.error("--critics must be at least 1 and --seconds more than 0")
     if options.released and not (options.released / "agents" / "eql_diffusion.py").exists():
         parser.error(f"--released {options.released} is no clone of the authors' code")
-    args = dataclasses.replace(erdp.preset(options.env), dataset=options.dataset, eval_episodes=100)
+    args = dataclasses.replace(erdp.preset(options.env), dataset=options.dataset)
     args.precision = options.precision or args.precision
-    erdp.set_matmul_precision(args)
+    erdp.use_device(args)
     try:
-        data = erdp.load_data(erdp.open_task(args), args) if args.dataset else random_data(args)
+        data = random_data(args)
+        if args.dataset:
+            with erdp.refusing(f"{args.dataset} cannot be used"):
+                _, data = erdp.load_data(args)
+            data = erdp.Batch(*(column.to(args.device) for column in data))
     except erdp.UserError as error:
         parser.error(str(error))
     B, backup = args.batch_size, "with" if args.max_q_backup else "without"
     sizes = f"states of {data.state.shape[1]}, actions of {data.action.shape[1]}, batch {B}, {backup} max Q-backup"
-    words = ["CHECKOUT" if word == str(options.released) else word for word in sys.argv[1:]]
+    words = ["CHECKOUT" if word == str(options.released) else word for word in (argv or sys.argv[1:])]
     command = " ".join(["python results/benchmark.py", *words])
-    head = f"`{command}`: {machine(args.device)}; {sizes}, {args.precision}.\n"
+    found, bench = compare(args, data, options.critics, options.seconds, options.released)
+    text = f"`{command}`: {machine(args.device)}; {sizes}, {args.precision}.\n\nUpdates a second:\n\n{found}\n"
+    acting = evaluation_speed(options.critics[-1], args.device)
+    text += f"\nEvaluation in AntMaze's umaze, untrained policy, {acting}.\n"
     if options.growth:
-        text, bench = growth(args, data, options.seconds / 3), []
-    else:
-        text, bench = compare(args, data, options.critics, options.seconds, options.released)
-        acting = evaluation_speed(dataclasses.replace(args, num_critics=options.critics[-1]), 10)
-        text = f"Updates a second:\n\n{text}\n\nEvaluation in AntMaze's umaze, untrained policy, {acting}."
-    print("\n".join(["", head, text, "", *bench]))
+        text += f"\n## How the cost of an update grows\n\n{growth(args, data, options.seconds / 3)}\n"
+    print("\n".join(["", text, *bench]))
     if options.out:
-        title = "How the cost of an update grows" if options.growth else "Speed"
-        options.out.write_text(f"# {title}\n\n{head}\n{text}\n")
+        options.out.write_text(f"# Speed\n\n{text}")
 
 
 if __name__ == "__main__":

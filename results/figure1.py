@@ -15,9 +15,9 @@ import erdp
 
 TOY = {  # Figure 1
     "cloning": CLONING,
-    "plain Q": dict(num_critics=1, entropy_coef=0),
+    "plain Q": dict(num_critics=1, entropy_coef=0.0),
     "entropy": dict(num_critics=1),
-    "ensemble": dict(entropy_coef=0),
+    "ensemble": dict(entropy_coef=0.0),
     "both": {},
     "both, de Bruijn": dict(variant="debruijn"),
     "both, released": dict(variant="released"),

@@ -78,7 +78,7 @@ def peaks(device: str, size: int) -> tuple[float, float]:
 def speed(args: erdp.Args, data: erdp.Batch, size: int, seconds: float) -> tuple[bool, str]:
     """Updates a second, and the least time that arithmetic and memory allow: each product reads its factors and writes
     its result once, Adam and the averages touch ten numbers a parameter, and all else is free."""
-    erdp.set_matmul_precision(args)
+    erdp.use_device(args)
     arithmetic, bandwidth = peaks(args.device, size)
     lines = []
     for backup in (False, True):
@@ -123,7 +123,7 @@ def main() -> int:
     device = "cpu" if rehearse else "cuda"
     args = dataclasses.replace(erdp.preset("antmaze-umaze-v0"), device=device, num_critics=2 if rehearse else 64)
     args.precision = "float32"  # for the agreement; speed is measured as the program runs
-    erdp.set_matmul_precision(args)
+    erdp.use_device(args)
     data = benchmark.random_data(args)
     parts = {"Training, evaluation, resume": lambda: training(device)}
     parts["Captured and compiled updates equal eager ones"] = lambda: agreement(args, data)

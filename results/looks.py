@@ -12,7 +12,7 @@ from pages import fill, start, table
 from runs import CLONING, RECORDS, group_runs, read_records
 from scipy.stats import ttest_1samp
 
-ROW, EARLY = "hopper-medium-replay-v2", dict(q_time=3, entropy_coef=0)
+ROW, EARLY = "hopper-medium-replay-v2", dict(q_time=3, entropy_coef=0.0)
 SEEN = {20_000: (6,), 40_000: (3, 5, 6), 60_000: (4, 5)}  # updates: numbers of seeds at which the scores were compared
 LOOKS = {"5 and 6 seeds": (5, 6), "3, 5 and 6 seeds": (3, 5, 6)}  # at 40,000 updates
 DRAWS = 10  # millions of made-up comparisons

@@ -13,15 +13,11 @@ tests: what is cut off goes on there.
 
 import argparse
 import ast
-import contextlib
 import copy
 import hashlib
-import importlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,66 +29,57 @@ from pages import RESULTS, ROOT, table
 
 KEPT = ROOT / "runs" / "mutants.jsonl"
 
-# What is mutated, by part, with the tests to run first (pytest's -k)
-PARTS = {
-    "SDE": {
-        "cosine": "eq01",
-        "SCHEDULES": "eq01",
-        "MeanRevertingSDE.__init__": "eq01 or sde",
-        "MeanRevertingSDE.between": "sde or eq02 or eq07",
-        "MeanRevertingSDE.decay": "eq02",
-        "MeanRevertingSDE.var": "eq02",
-        "MeanRevertingSDE.transition": "eq02",
-        "MeanRevertingSDE.diffuse": "eq04",
-        "MeanRevertingSDE.score": "eq28 or eq30",
-        "MeanRevertingSDE.posterior": "eq07",
-        "MeanRevertingSDE.predict_x0": "eq08",
-        "MeanRevertingSDE.log_prob": "eq02_log",
-        "MeanRevertingSDE.log_prob_x1": "eq14",
-        "MeanRevertingSDE.reverse_sde_step": "eq03",
-    },
-    "networks": {
-        "mish": "mish",
-        "NoiseNetwork.__init__": "noise_network",
-        "NoiseNetwork.forward": "noise_network",
-        "QEnsemble.__init__": "ensemble",
-        "QEnsemble.forward": "ensemble or eq15",
-    },
-    "sampler": {"sample_actions": "eq10", "choose_action": "section_4_1"},
-    "losses": {
-        "noise_loss": "eq05",
-        "likelihood_loss": "eq05",
-        "posterior_loss": "eq05 or eq40",
-        "policy_log_prob": "eq15",
-        "entropy_weights": "entropy or debruijn",
-        "entropy_estimate": "entropy or debruijn",
-        "VARIANTS": "eq15 or eq12",
-        "policy_loss": "eq15 or eq12",
-        "critic_loss": "eq16",
-        "lcb": "eq17",
-        "minimum": "eq17",
-    },
-    "Algorithm 1": {
-        "Agent.__init__": "algorithm1",
-        "Agent.load_state_dict": "resume",
-        "update": "algorithm1",
-        "optimizer_step": "algorithm1",
-        "soft_update": "algorithm1",
-        "noise_buffers": "algorithm1",
-        "sample_noise": "algorithm1",
-        "Captured.__call__": "captured",
-    },
-    "loaders": {
-        "sparse_reward": "antmaze or reward",
-        "DOMAINS": "table_4 or reward or evaluation or data",
-        "toy_episodes": "toy",
-        "flatten": "data",
-        "same_walls": "maze",
-        "read_data": "data",
-        "hdf5_episodes": "data or hdf5",
-        "load_data": "data or bad",
-    },
-    "acting": {"Actor.__call__": "actor", "evaluate": "evaluation", "summary": "evaluation"},
+# What is mutated, and the tests to run first (pytest's -k)
+TESTS = {
+    "cosine": "eq01",
+    "SCHEDULES": "eq01",
+    "MeanRevertingSDE.__init__": "eq01 or sde",
+    "MeanRevertingSDE.between": "sde or eq02 or eq07",
+    "MeanRevertingSDE.decay": "eq02",
+    "MeanRevertingSDE.var": "eq02",
+    "MeanRevertingSDE.transition": "eq02",
+    "MeanRevertingSDE.diffuse": "eq04",
+    "MeanRevertingSDE.score": "eq28 or eq30",
+    "MeanRevertingSDE.posterior": "eq07",
+    "MeanRevertingSDE.predict_x0": "eq08",
+    "MeanRevertingSDE.log_prob": "eq02_log",
+    "MeanRevertingSDE.log_prob_x1": "eq14",
+    "MeanRevertingSDE.reverse_sde_step": "eq03",
+    "mish": "mish",
+    "NoiseNetwork.__init__": "noise_network",
+    "NoiseNetwork.forward": "noise_network",
+    "QEnsemble.__init__": "ensemble",
+    "QEnsemble.forward": "ensemble or eq15",
+    "sample_actions": "eq10",
+    "choose_action": "acting",
+    "noise_loss": "eq05",
+    "likelihood_loss": "eq05",
+    "posterior_loss": "eq05 or eq40",
+    "policy_log_prob": "eq15",
+    "entropy_weights": "entropy or debruijn",
+    "entropy_estimate": "entropy or debruijn",
+    "VARIANTS": "eq15 or eq12",
+    "policy_loss": "eq15 or eq12",
+    "critic_loss": "eq16",
+    "lcb": "eq17",
+    "minimum": "eq17",
+    "Agent.__init__": "algorithm1",
+    "update": "algorithm1",
+    "optimizer_step": "algorithm1",
+    "soft_update": "algorithm1",
+    "noise_buffers": "algorithm1",
+    "sample_noise": "algorithm1",
+    "sparse_reward": "antmaze or reward",
+    "DOMAINS": "table_4 or reward or evaluation or data",
+    "toy_episodes": "toy",
+    "hdf5_episodes": "data or hdf5",
+    "flatten": "data",
+    "same_walls": "maze",
+    "load_data": "data or bad",
+    "Actor.__call__": "actor",
+    "OneEpisode.step": "evaluation",
+    "evaluate": "evaluation",
+    "summary": "evaluation",
 }
 # Mutants that compute the same: function, line, text before and after -> why
 EQUIVALENT = {
@@ -112,7 +99,6 @@ DROPPED = {"detach", "clamp", "clip", "sqrt", "abs", "log", "exp", "softmax", "c
 
 
 class Mutant(NamedTuple):
-    part: str
     function: str
     line: str
     before: str
@@ -133,24 +119,23 @@ class Mutant(NamedTuple):
 
 
 def mutants(source: str):
-    """Yields every Mutant of the functions in PARTS."""
+    """Yields every Mutant of the functions in TESTS."""
     tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line))
-    for part, functions in PARTS.items():
-        for name, tests in functions.items():
-            for node in walk(find(tree, name)):
-                for change in changes(node):
-                    changed = copy.deepcopy(node)
-                    before, after = ast.unparse(node), ast.unparse(change(changed) or changed)
-                    if before != after:
-                        begin = starts[node.lineno - 1] + node.col_offset
-                        end = starts[node.end_lineno - 1] + node.end_col_offset
-                        text = source.encode()
-                        text = text[:begin] + f"({after})".encode() + text[end:]
-                        line = lines[node.lineno - 1].decode().partition("  #")[0].strip()
-                        yield Mutant(part, name, line, before, after, tests, text.decode())
+    for name, tests in TESTS.items():
+        for node in walk(find(tree, name)):
+            for change in changes(node):
+                changed = copy.deepcopy(node)
+                before, after = ast.unparse(node), ast.unparse(change(changed) or changed)
+                if before != after:
+                    begin = starts[node.lineno - 1] + node.col_offset
+                    end = starts[node.end_lineno - 1] + node.end_col_offset
+                    text = source.encode()
+                    text = text[:begin] + f"({after})".encode() + text[end:]
+                    line = lines[node.lineno - 1].decode().partition("  #")[0].strip()
+                    yield Mutant(name, line, before, after, tests, text.decode())
 
 
 def find(tree: ast.AST, name: str) -> ast.AST:
@@ -158,7 +143,7 @@ def find(tree: ast.AST, name: str) -> ast.AST:
     for piece in name.split("."):
         found = [node for node in tree.body if piece in defined(node)]
         if not found:
-            sys.exit(f"mutants: erdp.py has no {name}: mend PARTS")
+            sys.exit(f"mutants: erdp.py has no {name}: mend TESTS")
         tree = found[0]
     return tree
 
@@ -211,129 +196,72 @@ def changes(node: ast.AST):
 
 
 def passes(source: str, limit: float, *selection: str) -> bool:
-    """Whether the tests that pytest selects pass with `source` as erdp.py within `limit` seconds, in a forked child."""
+    """Whether the tests that pytest selects pass with `source` as erdp.py. One that takes longer than `limit` seconds
+    fails, too."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "erdp.py").write_text(source)
         for name in ("test_erdp.py", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder)
-        child, deadline = os.fork(), time.monotonic() + limit
-        if child == 0:
-            run_tests(folder, selection)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "test_erdp.py", *selection]
         try:
-            while time.monotonic() < deadline:
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    child = None
-                    return os.waitstatus_to_exitcode(status) in (0, 5)  # 5: nothing selected
-                time.sleep(0.05)
-            return False  # one that hangs is killed too
-        finally:
-            if child:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+            done = subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode in (0, 5)  # 5: nothing selected
 
 
-def run_tests(folder: str, selection: tuple[str, ...]):
-    """In the child: becomes a process group of its own, runs pytest silently and never returns."""
-    import pytest
-
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.setpgid(0, 0)
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-    code = 1
-    try:
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "test_erdp.py", *selection])
-    finally:
-        os._exit(int(code))
-
-
-def judge(source: str, tests: str, limit: float) -> str:
+def judge(mutant: Mutant, limit: float) -> str:
     """'quick' or 'slow', the part of the suite that kills a mutant, or 'survived'."""
-    if not passes(source, limit, "-m", "not slow", "-k", tests) or not passes(source, limit, "-m", "not slow"):
+    quick, own = ("-m", "not slow"), ("-k", mutant.tests)
+    if not passes(mutant.source, limit, *quick, *own) or not passes(mutant.source, limit, *quick):
         return "quick"
-    return "survived" if passes(source, limit, "-m", "slow", "-k", tests) else "slow"
+    return "survived" if passes(mutant.source, limit, "-m", "slow", *own) else "slow"
 
 
-def work(some: list[Mutant], limit: float, total: int):
-    """In a process of its own: judges mutants, and keeps each outcome."""
-    end_at_sigterm()
-    for number, mutant in enumerate(some, 1):
-        outcome = judge(mutant.source, mutant.tests, limit)
-        with open(KEPT, "a") as file:
-            file.write(json.dumps([mutant.key(), outcome]) + "\n")
-        print(f"{number} of {total}, {outcome}: {mutant.function} {mutant.words()}", flush=True)
-
-
-def end_at_sigterm():
-    """By an exception, so that what was started is ended, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
-def outcomes(chosen: list[Mutant], jobs: int) -> list[str]:
+def outcomes(chosen: list[Mutant]) -> list[str]:
     """The outcome of each mutant: as listed, as kept, or found now and kept."""
+    KEPT.parent.mkdir(exist_ok=True)
+    kept = dict(json.loads(line) for line in KEPT.read_text().splitlines()) if KEPT.exists() else {}
+    limit, found = None, []
+    for number, mutant in enumerate(chosen, 1):
+        outcome = "equivalent" if mutant.why() else kept.get(mutant.key())
+        if outcome is None:
+            limit = limit or allowed_time()
+            outcome = judge(mutant, limit)
+            with open(KEPT, "a") as file:
+                file.write(json.dumps([mutant.key(), outcome]) + "\n")
+            print(f"{number} of {len(chosen)}, {outcome}: {mutant.function} {mutant.words()}", flush=True)
+        found.append(outcome)
+    return found
 
-    def known() -> dict[Mutant, str]:
-        lines = KEPT.read_text().splitlines() if KEPT.exists() else []
-        kept = dict(json.loads(line) for line in lines if line.endswith("]"))
-        found = {mutant: "equivalent" if mutant.why() else kept.get(mutant.key()) for mutant in chosen}
-        return {mutant: outcome for mutant, outcome in found.items() if outcome}
 
-    rest = [mutant for mutant in chosen if mutant not in known()]
-    if rest:
-        for name in ("hypothesis", "pytest", "scipy.optimize", "scipy.stats", "torch._dynamo", "tensorboard"):
-            importlib.import_module(name)  # once here, then forked
-        import torch
-
-        torch.set_num_threads(1)
-        began = time.monotonic()
-        if not passes((ROOT / "erdp.py").read_text(), 3600, "-m", "not slow"):
-            sys.exit("mutants: the unchanged file does not pass its own tests")
-        limit = 60 + 5 * jobs * (time.monotonic() - began)
-        KEPT.parent.mkdir(exist_ok=True)
-        fork = multiprocessing.get_context("fork")
-        workers = [fork.Process(target=work, args=(rest[i::jobs], limit, len(rest[i::jobs]))) for i in range(jobs)]
-        with contextlib.ExitStack() as ending:
-            for worker in workers:
-                worker.start()
-                ending.callback(worker.join)
-                ending.callback(worker.terminate)
-            for worker in workers:
-                worker.join()
-    found = known()
-    if missing := [mutant for mutant in chosen if mutant not in found]:
-        sys.exit(f"mutants: {len(missing)} have no outcome: start again, and it goes on")
-    return [found[mutant] for mutant in chosen]
+def allowed_time() -> float:
+    """Seconds for a mutant's tests: several times what the unchanged file takes, which must pass."""
+    began = time.monotonic()
+    if not passes((ROOT / "erdp.py").read_text(), 3600, "-m", "not slow"):
+        sys.exit("mutants: the unchanged file does not pass its own tests")
+    return 60 + 5 * (time.monotonic() - began)
 
 
 def page(chosen: list[Mutant], found: list[str], number: int, command: str) -> str:
-    kinds, counts = ("quick", "slow", "equivalent", "survived"), Counter()
-    for mutant, outcome in zip(chosen, found):
-        counts[mutant.part, mutant.function, outcome] += 1
-    lines = []
-    for part, functions in PARTS.items():
-        for name in functions:
-            line = [counts[part, name, kind] for kind in kinds]
-            if any(line):
-                lines.append([part, f"`{name}`", sum(line), *(n or "" for n in line)])
-    lines.append(["all", "", len(found), *(found.count(kind) for kind in kinds)])
-    special = []
+    kinds, lines, special = ("quick", "slow", "equivalent", "survived"), [], []
+    for name in TESTS:
+        of_name = [outcome for mutant, outcome in zip(chosen, found) if mutant.function == name]
+        if of_name:
+            lines.append([f"`{name}`", len(of_name), *(of_name.count(kind) or "" for kind in kinds)])
+    lines.append(["all", len(found), *(found.count(kind) for kind in kinds)])
     for mutant, outcome in zip(chosen, found):
         if outcome in kinds[2:]:
             special.append([f"`{mutant.function}`", mutant.words().replace("|", "\\|"), outcome, mutant.why() or ""])
-    text = table(["part", "function", "mutants", *(f"{k}" for k in kinds)], lines)
     rest = table(["function", "change", "outcome", "why"], special) if special else "None."
     return f"""# Mutants of erdp.py
 
-`{command}`: {len(chosen)} of {number} mutants.
+`{command}`: {len(chosen)} of the {number} places were tried.
 
 Killed by the quick part of the suite (`pytest -m "not slow"`), or by
 the slow tests of its function; equivalent: it computes the same, as the script says.
 
-{text}
+{table(["function", "mutants", *kinds], lines)}
 
 ## What is not killed
 
@@ -345,7 +273,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="run each so manyth mutant")
     parser.add_argument("--only", help="run the mutants of this function alone")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--list", action="store_true", help="show the mutants, run none")
     parser.add_argument("--publish", action="store_true", help="write results/mutants.md")
     args = parser.parse_args()
@@ -353,10 +280,9 @@ def main():
     chosen = list(dict.fromkeys(every[:: args.every]))
     if args.list:
         for mutant in chosen:
-            print(mutant.part, mutant.function, mutant.words())
+            print(mutant.function, mutant.words())
         return print(len(chosen), "mutants")
-    end_at_sigterm()
-    found = outcomes(chosen, args.jobs)
+    found = outcomes(chosen)
     print(dict(Counter(found)))
     if args.publish:
         command = " ".join(["python results/mutants.py", *sys.argv[1:]])

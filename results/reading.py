@@ -504,9 +504,9 @@ confidence bound of the *target* ensemble. So does the program, which passes `cr
 code: choose_action
 code: act
 
-- `test_section_4_1_acts_by_softmax_over_the_candidates_values` holds the shares of four candidates against SciPy's
+- `test_acting_is_by_softmax_over_the_candidates_values` holds the shares of four candidates against SciPy's
   softmax of their values.
-- `test_section_4_1_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it` holds the choice at the
+- `test_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it` holds the choice at the
   edges of the shares against their sums.
 - `test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value` holds the same for all of the way from states to
   actions, with Eq. 17 by NumPy.

@@ -59,7 +59,7 @@ DIFFUSION_QL = 76.6, 78.6, 46.4, 56.6  # of FOUR, in Table 2
 
 # Arms: the settings that differ from the row's preset
 ONE_CRITIC = dict(num_critics=1, max_q_backup=False, eval_candidates=1)  # Figure 3, right
-ALPHAS = {"alpha = 0": ONE_CRITIC | dict(entropy_coef=0), "alpha = 0.01": ONE_CRITIC}
+ALPHAS = {"alpha = 0": ONE_CRITIC | dict(entropy_coef=0.0), "alpha = 0.01": ONE_CRITIC}
 SIZES = {f"M = {M}": dict(num_critics=M) if M != 64 else {} for M in TABLE_5}
 METHODS = {"clipped double Q": CLIPPED_DOUBLE_Q, "ours": {}}
 

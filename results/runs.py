@@ -126,8 +126,8 @@ def collect(runs: list[Run]) -> list[Run]:
 # ==== 2. Their arms and groups ========================================================================================
 
 # Arms: the settings that differ from the row's preset
-CLONING = dict(eta=0, entropy_coef=0, eval_candidates=1)
-CLIPPED_DOUBLE_Q = dict(pessimism="min", num_critics=2, entropy_coef=0)
+CLONING = dict(eta=0.0, entropy_coef=0.0, eval_candidates=1)
+CLIPPED_DOUBLE_Q = dict(pessimism="min", num_critics=2, entropy_coef=0.0)
 MEASURING = {"num_steps", "eval_every", "eval_episodes"}  # they change what "final" and "best" mean
 CRITICS_ONLY = {"num_critics", "lcb_coef", "pessimism", "max_q_backup", "variant"}  # of no effect on a cloned policy
 UNTOLD = erdp.FREE - MEASURING - {"eval_candidates", "eval_env"} | {"seed", "env"}  # of no arm

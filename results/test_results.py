@@ -1,0 +1,636 @@
+"""Tests of the scripts of this folder: report.py on runs made up here, the mathematics of the studies, run_all.sh."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import benchmark
+import diagnose
+import entropy
+import figure1
+import figure2
+import known_noise
+import likelihood
+import looks
+import mutants
+import numpy as np
+import peers
+import pointmaze
+import pytest
+import report
+import runs
+import scipy.optimize
+import torch
+from pages import ROOT, fill
+
+import erdp
+
+agree = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+
+# ==== report.py =======================================================================================================
+
+
+def record(folder, env="antmaze-umaze-v0", scores=(10.0, 30.0, 20.0), finished=True, **settings):
+    """A run's folder as a run leaves it, with these scores at its evaluations."""
+    folder.mkdir(parents=True)
+    args = dataclasses.replace(erdp.preset(env, device="cpu"), **settings)
+    about = dict(dataset_id=args.dataset or erdp.ROWS[env].dataset, transitions=1000, data_score=40.0, layout=[3])
+    (folder / "config.json").write_text(json.dumps(vars(args) | about))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "score_mean", "success"])
+        writer.writeheader()
+        writer.writerows(dict(step=i * args.eval_every, score_mean=x, success="") for i, x in enumerate(scores, 1))
+    if finished:
+        result = dict(final=scores[-1], best=max(scores), best_step=0, steps=args.num_steps)
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def written(folder, page="tables.md") -> str:
+    assert report.main([str(folder)]) == 0
+    return (folder / "report" / page).read_text()
+
+
+def section(text, title):
+    """The lines of a section's table, as lists of cells."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    lines = found[1].splitlines() if found else []
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"][2:]
+
+
+def test_report_holds_arms_against_cloning_seed_by_seed(tmp_path):
+    arms = {"bc": runs.CLONING, "ours": dict(q_time=3), "other loss": dict(loss="posterior")}
+    for arm, settings in arms.items():
+        for seed, score in enumerate([15.0, 24, 36] if arm == "ours" else [10.0, 20, 30]):
+            settings = dict(loss="noise", dataset="/home/me/d/x/hopper.hdf5", seed=seed) | settings
+            record(tmp_path / f"{arm}{seed}", "hopper-medium-v2", (score,), **settings)
+    found = runs.read_folder(tmp_path / "bc0").config
+    assert found["dataset"] == "d/x/hopper.hdf5" and "layout" not in found, "nobody's home is published"
+    (line,) = section(written(tmp_path), "Learning with Q against cloning")
+    assert line[0] == "hopper-medium-v2" and "--q-time 3" in line[2] and line[-1] == "3"
+    assert line[4] == "**+5.0 [+2.5, +7.5]**", "5, 4 and 6 by seed: 5 ± 4.303 * 1 / sqrt(3)"
+    (panel,) = report.panels_of(runs.group_runs(runs.read_runs([tmp_path])))["cloning.png"].values()
+    assert {"behaviour cloning", "--q-time 3"} == panel.keys() and (tmp_path / "report" / "cloning.png").exists()
+
+
+def test_report_the_papers_averages_are_the_means_of_the_transcribed_rows():
+    tables = [(figures, average) for _, figures, average in report.TABLES_1_AND_2.values() if average]
+    tables += [([mean for mean, _ in figures], average) for figures, average in report.TABLE_5.values()]
+    assert sorted(average for _, average in tables) == [56.1, 66.8, 74.0, 80.0, 85.2, 86.7, 89.9]
+    for figures, average in tables:
+        assert abs(np.mean(figures) - average) <= 0.05 + 1e-9, f"{figures} do not average to {average}"
+    assert [mean for mean, _ in report.TABLE_5[64][0]] == list(report.TABLES_1_AND_2["antmaze"][1][2:])
+    found = {(part.title, env + name): figure for part in report.sections() for env, name, _, figure in part.lines}
+    # one of each part, looked up in the paper by name
+    assert found["Table 1, Gym", "halfcheetah-medium-replay-v2"] == "57.0"
+    assert found["Table 1, Gym", "hopper-medium-expert-v2"] == "111.9"
+    assert found["Table 1, Adroit", "pen-cloned-v1"] == "66.3"
+    assert found["Table 1, Kitchen", "kitchen-complete-v0"] == "82.3"
+    assert found["Table 2, AntMaze", "antmaze-umaze-diverse-v0"] == "79.8"
+    assert found["Tables 3 and 5, M = 4", "antmaze-large-play-v0"] == "52.4 ± 13.0"
+    assert found["Figure 4", "antmaze-large-play-v0, clipped double Q"].startswith("46.4 ")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dataset="other/antmaze/umaze-v0"),
+        dict(num_steps=20_000),
+        dict(entropy_coef=0.0),
+        dict(eval_episodes=10),
+        dict(eval_candidates=1),
+        dict(eval_every=1000),
+        dict(eval_env="AntMaze_Medium-v5"),
+        dict(variant="released"),
+    ],
+)
+def test_report_other_data_or_settings_never_stand_beside_the_papers_figures(tmp_path, settings):
+    record(tmp_path / "antmaze-umaze-v0__paper__0", scores=[77.25], **settings)
+    text = written(tmp_path)
+    other = "Runs on other data" if "dataset" in settings else "Runs on the paper's data with other settings"
+    (line,) = section(text, other)
+    assert line[0] == "antmaze-umaze-v0" and line[2] == "40.0" and line[-3:] == ["77.2", "77.2", "1"]
+    assert not section(text, "Table 2, AntMaze")
+
+
+def test_report_averages_over_seeds_as_numpy_does_and_counts_a_copy_once(tmp_path, capsys):
+    finals, bests = [20.0, 35.0, 90.0], [40.0, 35.0, 95.0]
+    for seed in range(3):
+        other = dict(device="cuda:1", compile=True, dataset="D4RL/antmaze/umaze-v1" if seed else None)
+        record(tmp_path / f"a{seed}", scores=[bests[seed], finals[seed]], seed=seed, **other)
+    record(tmp_path / "copy", scores=[0.0, 0.0], seed=2)
+    record(tmp_path / "unfinished", scores=[1.0], seed=3, finished=False)
+    text = written(tmp_path)
+    expected = [f"{np.mean(x):.1f} ± {np.std(x):.1f}" for x in (finals, bests)]
+    (line,) = section(text, "Table 2, AntMaze")
+    assert line == ["antmaze-umaze-v0", "100.0", *expected, "3", "D4RL/antmaze/umaze-v1"]
+    assert section(text, "Unfinished runs") == [["unfinished", "50,000 of 1,000,000"]]
+    assert "copy is left out: a2 has" in capsys.readouterr().out
+
+
+def test_report_gives_an_average_when_all_rows_have_run_and_draws_the_figures(tmp_path):
+    for i, env in enumerate(report.FOUR):
+        record(tmp_path / f"m4-{i}", env, [10.0, 10.0 * i], num_critics=4)
+    record(tmp_path / "double", report.FOUR[0], **runs.CLIPPED_DOUBLE_Q)
+    record(tmp_path / "a0", report.FOUR[0], **report.ALPHAS["alpha = 0"])
+    text = written(tmp_path)
+    assert section(text, "Tables 3 and 5, M = 4")[-1][:4] == ["average", "74.0", "15.0", "17.5"]
+    assert [line[0] for line in section(text, "Figure 4")] == [f"{report.FOUR[0]}, clipped double Q"]
+    assert [line[0] for line in section(text, "Figure 3, right")] == [f"{report.FOUR[0]}, alpha = 0"]
+    pictures = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert pictures == {"figure3.png", "figure4.png", "figure5.png"}
+
+
+def test_report_draws_runs_of_other_numbers_of_episodes_in_other_panels(tmp_path):
+    for episodes in (10, 50):
+        record(tmp_path / f"a{episodes}", dataset="x/y-v0", eval_episodes=episodes)
+    panels = report.panels_of(runs.group_runs(runs.read_runs([tmp_path])))["curves.png"]
+    assert [panel.rpartition("\n")[2] for panel in panels] == [f"{x} episodes an evaluation" for x in (10, 50)]
+
+
+def test_report_names_the_arms():
+    assert runs.label({}) == "as in the paper" and runs.label(dict(num_critics=4)) == "M = 4"
+    assert runs.label(dict(eta=0.0, entropy_coef=0.0, eval_candidates=1)) == "behaviour cloning"
+    assert runs.label(dict(pessimism="min", num_critics=2, entropy_coef=0.0)) == "clipped double Q"
+    arm = dict(clip_denoised=True, loss="noise", variant="released", max_q_backup=False, entropy_coef=0.0)
+    assert runs.label(arm) == "released, alpha = 0, --clip-denoised, --loss noise, --no-max-q-backup"
+    cloning = vars(erdp.preset("pen-human-v1")) | runs.CLONING
+    assert runs.arm_of(cloning | dict(num_critics=1)) == runs.arm_of(cloning), "a cloned policy has no use for critics"
+
+
+@pytest.mark.parametrize("name, content", [("config.json", '{"env": "toy"'), ("config.json", '{"env": "toy"}')]
+    + [("config.json", "[]"), ("metrics.csv", "step,score_mean\n1,2\n"), ("metrics.csv", ""), ("result.json", "null")]
+    + [("metrics.csv", "step,score_mean\n1,nan\n"), ("result.json", '{"final": 99.0, "best": 99.0}')])  # fmt: skip
+def test_report_names_a_damaged_run_and_leaves_it_out(tmp_path, capsys, name, content):
+    (record(tmp_path / "a") / name).write_text(content)
+    record(tmp_path / "b", seed=1)
+    assert section(written(tmp_path), "Table 2, AntMaze")[0][4] == "1"
+    said = capsys.readouterr().err
+    assert str(tmp_path / "a") in said and said.startswith("left out: ") and said.count("\n") == 1
+
+
+def test_report_reads_what_an_earlier_version_left(tmp_path):
+    path = record(tmp_path / "a", dataset="pointmaze/wanderer-v0") / "config.json"
+    config = json.loads(path.read_text()) | dict(env="pointmaze/wanderer-v0", checksum=1)
+    path.write_text(json.dumps({name: x for name, x in config.items() if name != "q_time"}))
+    (line,) = section(written(tmp_path), "Runs on other data")
+    assert line[:2] == ["own", "pointmaze/wanderer-v0"]
+
+
+@pytest.mark.parametrize("argv", [["no-such-folder"], ["--color"], ["--collect"]])
+def test_report_bad_input_is_one_sentence_and_status_2(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        report.main(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and argv[0] in said and said.count("\n") == 1
+
+
+def test_report_keeps_runs_and_makes_the_same_pages_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RECORDS", tmp_path / "kept" / "runs.jsonl")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(report, "RECORDS", tmp_path / "kept" / "runs.jsonl")
+    (tmp_path / "kept").mkdir()
+    for seed in range(4):
+        record(tmp_path / "runs" / f"a{seed}", seed=seed, scores=[1.0, 1 / 3 + seed], finished=seed < 3)
+    argv = [str(tmp_path / "runs")]
+    assert report.main([*argv, "--collect"]) == 0 and [x.name for x in (tmp_path / "kept").iterdir()] == ["runs.jsonl"]
+    (tmp_path / "runs" / "a3" / "metrics.csv").unlink()
+    before = (tmp_path / "kept" / "runs.jsonl").read_text()
+    assert before.count("\n") == 3 and report.main([*argv, "--publish"]) == 0
+    assert (tmp_path / "kept" / "runs.jsonl").read_text() == before, "a second time changes nothing"
+    assert written(tmp_path / "runs") == (tmp_path / "kept" / "tables.md").read_text()
+    record(tmp_path / "others" / "b", seed=2, scores=[5.0, 6.0])
+    assert report.main([str(tmp_path / "others"), "--collect"]) == 0
+    assert {run.name for run in runs.read_records(runs.RECORDS)} == {"a0", "a1", "b"}
+    record(tmp_path / "clash" / "a0", seed=7, scores=[5.0, 6.0])
+    assert report.main([str(tmp_path / "clash"), "--collect"]) == 2, "another run of that name"
+
+
+@pytest.mark.slow
+def test_report_the_published_pages_are_those_of_the_records(tmp_path):
+    assert report.main(["--out", str(tmp_path)]) == 0
+    for page in ("tables.md", "figure1.md"):
+        assert (tmp_path / page).read_text() == (runs.RESULTS / page).read_text(), f"{page}: python results/report.py"
+    scores = looks.scores(runs.group_runs(runs.read_records(runs.RECORDS)))
+    seen = looks.seen_table({step: ours - theirs for step, (ours, theirs) in scores.items()})
+    assert seen in (runs.RESULTS / "looks.md").read_text(), "python results/looks.py"
+
+
+def test_figure1_compares_seed_by_seed_and_chooses_the_share_by_the_rule(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 3, 8).round(3)
+    for share, plain in ((20, 90), (10, 60), (5, 55)):
+        for seed, own in enumerate(noise):  # what a seed gives to both policies alike
+            finals = {"plain Q": plain + own, "ensemble": plain + own + 2 + 0.4 * (seed % 2), "both": plain - own}
+            for name, final in finals.items():
+                settings = dict(seed=seed, dataset=f"toy-{share}") | figure1.TOY[name]
+                record(tmp_path / f"{share}{name}{seed}", "toy", [1.0, float(final)], **settings)
+    record(tmp_path / "short", "toy", [50.0], dataset="toy-20", num_steps=200)
+    text = written(tmp_path, "figure1.md")
+    pairs = {(line[0], line[1]): line[2:] for line in section(text, "Policies held against each other")}
+    gain, mean, p, better, _, each = pairs["10%", "ensemble against plain Q"]
+    assert gain == "**+2.2 [+2.0, +2.4]**" and better == "8 of 8" and each == ", ".join(["+2"] * 8)
+    assert not pairs["10%", "both against plain Q"][0].startswith("**") and len(pairs) == 9
+    values = np.sort(60 + noise)
+    lines = section(text, "Every policy at every share")
+    (line,) = [line for line in lines if line[:2] == ["10%", "plain Q"]]
+    assert line[2].startswith(f"{values[2:-2].mean():.1f} [") and line[3:5] == [f"{values.std():.1f}", "8"]
+    assert ["20%", "--num-steps 200"] in [line[:2] for line in lines], "not as in the paper"
+    assert "Of these shares that is 10%" in text
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"figure1.png", "figure1-shares.png"}
+
+
+def test_figure1_an_interval_without_any_spread_is_a_point():
+    assert figure1.interval(figure1.middle, np.full(5, 2.0)) == (2.0, 2.0)
+
+
+def test_looks_one_look_is_students_test_and_more_looks_find_more():
+    rates = [(looks.least_p(*case, draws=1) < 0.05).mean() for case in [((6,),), ((6,), (6,), 0.0)]]
+    agree(rates, [0.05, 1 - 0.95**2], atol=2e-3)
+
+
+def test_pages_a_paragraph_is_made_anew_where_it_stands(tmp_path):
+    fill("looks.md", tmp_path, seen="| new |")
+    before, after = ((folder / "looks.md").read_text() for folder in (runs.RESULTS, tmp_path))
+    assert after.count("| new |") == 1 and "ahead of cloning by | p |" not in after
+    assert after.split("By simulation")[1] == before.split("By simulation")[1]
+
+
+# ==== Studies =========================================================================================================
+
+
+def theta(schedule: str, T: int):
+    """theta'_t and theta_bar_t over t = 0..T, from formulas of their own."""
+    f = [math.cos((k / (T + 1) + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(T + 1)]
+    raw = {"cosine": [1 - x / f[0] for x in f[1:]], "linear": [1 + 199 * k / (T - 1) for k in range(T)]}[schedule]
+    prime = np.array([0, *raw]) * math.log(1000) / sum(raw)
+    return prime, prime.cumsum()
+
+
+def sde64(T: int = 5, schedule: str = "cosine"):
+    return erdp.MeanRevertingSDE(T, schedule, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("t", [1, 3, 5])
+def test_exact_noise_is_the_mean_of_eps_given_x_t_by_quadrature(t):
+    modes, width, bar = [-0.5, 0.2], 0.15, theta("cosine", 5)[1][t]
+    scale, std = math.exp(-bar), math.sqrt(1 - math.exp(-2 * bar))
+    x_0 = np.linspace(-2, 2, 40_001)
+    prior = sum(np.exp(-0.5 * ((x_0 - mode) / width) ** 2) for mode in modes)
+    expected = []
+    for x_t in (-1.3, 0.0, 0.4):
+        eps = (x_t - scale * x_0) / std  # Bayes: p(x_0 | x_t) is prior times the density of this noise
+        weight = prior * np.exp(-0.5 * (eps**2 - (eps**2).min()))
+        expected.append([(weight * eps).sum() / weight.sum()])
+    x_t = torch.tensor([[-1.3], [0.0], [0.4]], dtype=torch.float64)
+    for times in (t, torch.full((3,), t)):
+        agree(known_noise.exact_noise(sde64(), x_t, times, modes, width), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("T", [2, 5, 30])
+def test_closed_form_deviations_obey_their_recursions(schedule, T):
+    width, (prime, bar), sde = 0.3, theta(schedule, T), sde64(T, schedule)
+    optimal, reverse, quiet = 1.0, 1.0, 1.0
+    for t in range(T, 0, -1):
+        var, past, step = (1 - math.exp(-2 * x) for x in (bar[t], bar[t - 1], prime[t]))
+        spread = math.exp(-2 * bar[t]) * width**2 + var  # of x_t: its score is -x_t / spread
+        x_0 = math.exp(-bar[t]) * width**2 / spread  # E(x_0 | x_t), per x_t
+        optimal *= (past / var * math.exp(-prime[t]) + step / var * math.exp(-bar[t - 1]) * x_0) ** 2
+        optimal += past * step / var
+        slope = (1 + prime[t] - 2 * prime[t] / spread) ** 2
+        reverse = slope * reverse + 2 * prime[t]
+        quiet = slope * quiet + 2 * prime[t] * (t > 1)
+    network = known_noise.predictor(sde, [0.0], width)
+    found = [known_noise.closed_form_deviation(each, sde, network) ** 2 for each in figure2.SAMPLERS.values()]
+    agree(found, [optimal, reverse, quiet])
+    given = 1 / (1 / width**2 + math.exp(-2 * bar[1]) / (1 - math.exp(-2 * bar[1])))  # Var(x_0 | x_1)
+    agree(known_noise.deviation_of_x0_hat(sde, width), math.sqrt(width**2 - given), rtol=1e-6)
+
+
+def test_true_entropy_of_one_gaussian_and_of_modes_far_apart():
+    one = 0.5 * math.log(2 * math.pi * math.e * 0.2**2)
+    agree(entropy.true_entropy([0.3], 0.2), one, rtol=1e-6)
+    agree(entropy.true_entropy([-5.0, 5.0], 0.2), one + math.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_paper_variant_multiplies_the_predicted_noise_by_what_the_page_says(alpha):
+    """The loss at one x_t, over three eps and a_T = ±1, minimised numerically over their common prediction."""
+    eps = torch.tensor([[-0.4], [0.3], [1.0]], dtype=torch.float64).repeat(2, 1)
+    a_T = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat_interleave(3)[:, None]
+    sde, t, x_t, critics = sde64(), 2, 0.5, entropy.flat_critics
+    zeros = torch.zeros_like(eps)
+    action = sde.predict_x0(torch.full_like(eps, x_t), t, eps)  # the actions that eps takes to x_t
+    batch = erdp.Batch(zeros, action, zeros[:, 0], zeros, zeros[:, 0])
+    noise, args = erdp.Noise(torch.full((6,), t), eps, a_T, None), erdp.Args(entropy_coef=alpha)
+
+    def loss(prediction):
+        def policy(*_):
+            return torch.full_like(eps, prediction)
+
+        return float(erdp.policy_loss(policy, critics, sde, batch, noise, critics(None, action), args)["policy_loss"])
+
+    best = scipy.optimize.minimize_scalar(loss, bounds=(-5, 5), method="bounded", options=dict(xatol=1e-8)).x
+    agree(best, 0.3 / (1 - alpha / 2), rtol=0.02)
+
+
+@pytest.mark.parametrize("variant", ["none", "paper", "debruijn"])
+@pytest.mark.parametrize("alpha", [0.0, 0.01, 1.0])
+def test_expected_deviation_obeys_its_recursion(variant, alpha):
+    (prime, bar), variance = theta("cosine", 5), 1.0
+    for t in range(5, 0, -1):
+        var, past, step = (1 - math.exp(-2 * x) for x in (bar[t], bar[t - 1], prime[t]))
+        divisor = dict(none=1.0, paper=1 - alpha / 2, debruijn=1 + 5 * alpha * (t <= 2) * prime[t] / var)[variant]
+        noise = math.sqrt(var) / (math.exp(-2 * bar[t]) * 0.3**2 + var) / divisor  # predicted, per x_t
+        x_0 = math.exp(bar[t]) * (1 - math.sqrt(var) * noise)
+        slope = past / var * math.exp(-prime[t]) + step / var * math.exp(-bar[t - 1]) * x_0
+        variance = slope**2 * variance + past * step / var
+    assert entropy.expected_deviation(variant, alpha) == f"{math.sqrt(variance):.3g}"
+    assert entropy.expected_deviation("paper", 2.0) == "no minimum"
+
+
+@pytest.mark.parametrize("all_times", [False, True])
+def test_h_hat_of_a_gaussian_and_of_a_point_have_their_closed_forms(all_times):
+    (prime, bar), sde = theta("cosine", 5), sde64()
+
+    def closed(width):
+        times = range(1, 6 if all_times else 3)
+        fisher = (1 / (1 - math.exp(-2 * bar[t]) * (1 - width**2)) for t in times)
+        return 0.5 * math.log(2 * math.pi * math.e) - sum(prime[t] * (f - 1) for t, f in zip(times, fisher))
+
+    w = entropy.weights(sde, all_times)
+    network = known_noise.predictor(sde, [0.2], 0.3)
+    agree(entropy.h_hat(sde, network, ([0.2], 0.3), w), closed(0.3), atol=2e-3)
+    assert all_times or abs(entropy.least_h_hat(5) - closed(0.0)) < 1e-10
+
+
+@pytest.mark.parametrize("loss", ["noise", "posterior", "likelihood"])
+@pytest.mark.parametrize("T, t", [(5, 1), (5, 2), (5, 5), (20, 7)])
+def test_likelihoods_minimiser_is_where_the_loss_has_no_slope(loss, T, t):
+    """As the loss is quadratic in x_0, two equally likely x_0 stand for p(x_0 | x_t, s) of Bayes' rule."""
+    sde, bar = sde64(T), theta("cosine", T)[1][t]
+    state, x_t = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([[0.8, -0.5]], dtype=torch.float64)
+    mu, scale, var = likelihood.mean_action(state), math.exp(-bar), 1 - math.exp(-2 * bar)
+    precision = 1 / likelihood.WIDTH**2 + scale**2 / var
+    mean = (mu / likelihood.WIDTH**2 + scale / var * x_t) / precision
+    x_0 = torch.cat([mean - precision**-0.5, mean + precision**-0.5])
+    eps, times = (x_t - scale * x_0) / math.sqrt(var), torch.full((2,), t)
+    best = likelihood.minimiser(sde, loss, x_t, times[:1], state)
+    for direction in torch.eye(2, dtype=torch.float64):
+        values = []
+        for step in (1.0, 0.0, -1.0):
+            prediction = (best + step * direction).expand(2, 2)
+            values.append(float(erdp.LOSSES[loss](sde, x_0, x_t.expand(2, 2), times, eps, prediction)))
+        up, here, down = values
+        assert up - here > 0, "a minimum"
+        agree(up, down, rtol=1e-8, atol=1e-8)
+
+
+def test_diagnosis_returns_to_go_are_those_of_each_episode():
+    rng, parts, expected = np.random.default_rng(0), [], []
+    for length, terminal in ((3, 1), (1, 0), (4, 0), (2, 1)):
+        states, reward = rng.normal(size=(length + 1, 2)), rng.normal(size=length)
+        ends = np.append(np.zeros(length - 1), terminal)
+        parts.append((states[:-1], np.zeros((length, 1)), reward, states[1:], ends))
+        expected += [sum(0.9 ** (j - i) * reward[j] for j in range(i, length)) for i in range(length)]
+    data = erdp.Batch(*map(np.concatenate, zip(*parts)))
+    ends = diagnose.episode_ends(data)
+    assert ends.tolist() == [2, 3, 7, 9]
+    agree(diagnose.returns_to_go(data.reward, ends, 0.9), expected)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_diagnosis_terms_add_up_to_eq15_and_are_those_of_each_time(variant):
+    torch.manual_seed(0)
+    args = dataclasses.replace(erdp.preset("toy", device="cpu"), variant=variant)
+    agent, data = erdp.Agent(2, 1, args), erdp.load_data(args)[1]
+    terms = diagnose.loss_terms(agent, data, 3)
+    parts = [terms[name][0] for name in ("diffusion loss", "-lambda Q", "entropy term")]
+    assert sum(parts) == pytest.approx(terms["all of Eq. 15"][0], abs=1e-5) and min(map(abs, parts)) > 0
+    batch, noise = next(diagnose.batches(data, args, 1))
+    inside, q, diffusion = diagnose.at_time(agent, batch, noise, 2)
+    noise.t.fill_(2)
+    q_data, gradients = agent.critics(batch.state, batch.action).detach(), []
+    for eta in (args.eta, 0.0):
+        settings = dataclasses.replace(args, eta=eta, entropy_coef=0.0)
+        terms = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, settings)
+        gradients.append(diagnose.gradient(terms["policy_loss"], agent.policy))
+    torch.testing.assert_close(q, gradients[0] - gradients[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(diffusion, gradients[1])
+    assert 0 < inside < 1
+
+
+def test_diagnosis_of_a_run(tmp_path, capsys):
+    argv = "--num-steps 20 --eval-every 20 --eval-episodes 2 --device cpu --no-compile --run-dir".split()
+    assert erdp.main([*argv, str(tmp_path / "run")]) == 0
+    assert diagnose.main([str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "diagnosis.md").read_text()
+    assert (tmp_path / "run" / "diagnosis.png").exists() and "512 transitions" in text
+    (inside, *_) = section(text, "By diffusion time")
+    assert len(inside) == 6 and 1 >= float(inside[1]) > float(inside[5]) >= 0
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"no checkpoint")
+    assert diagnose.main([str(tmp_path / "run")]) == 2 and "not whole" in capsys.readouterr().err
+
+
+# ==== Tools ===========================================================================================================
+
+
+def test_benchmarks_bound_counts_the_operations_of_the_paper():
+    step, operations, _ = benchmark.products(erdp.Args(num_critics=2), 31, 8)
+    critic, policy = 39 * 256 + 2 * 256**2, 55 * 256 + 2 * 256**2  # multiplications a row, without the last layers
+    backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # of Q: activations, weights; in the policy's step
+    assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
+    step()
+
+
+def test_benchmark_measures_updates_and_steps_and_names_the_machine(tmp_path, monkeypatch):
+    assert re.search(r"(\d+) environment steps a second", benchmark.evaluation_speed(1, "cpu", 1))[1] != "0"
+    monkeypatch.setattr(benchmark, "evaluation_speed", lambda *_: "")
+    monkeypatch.setitem(benchmark.WAYS, "cpu", ("eager",))
+    benchmark.main(["--critics", "1", "--seconds", "0.1", "--out", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert "GFLOP/s" in text and ("family" in text or not Path("/proc/cpuinfo").exists())
+
+
+def test_mutants_change_every_function_that_they_name_and_run_tests_that_there_are():
+    source = (ROOT / "erdp.py").read_text()
+    found = list(mutants.mutants(source))
+    assert {mutant.function for mutant in found} == {*mutants.TESTS}
+    assert {*mutants.EQUIVALENT} <= {(mutant.function, mutant.line, mutant.before, mutant.after) for mutant in found}
+    assert all(mutant.source != source for mutant in found)
+    tests = re.findall(r"def (test_\w+)", (ROOT / "test_erdp.py").read_text())
+    for selection in set(mutants.TESTS.values()):
+        for word in selection.split(" or "):
+            assert any(word in test for test in tests), f"no test has {word} in its name"
+
+
+def test_mutants_outcomes_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(mutants, "KEPT", tmp_path / "runs" / "kept.jsonl")
+    chosen, asked = [mutants.Mutant("f", "x + y", "x", "y", "sde", str(i)) for i in range(3)], []
+    monkeypatch.setattr(mutants, "allowed_time", lambda: 1.0)
+    monkeypatch.setattr(mutants, "passes", lambda source, *_: asked.append(source) or source == "1")
+    for _ in range(2):
+        assert mutants.outcomes(chosen) == ["quick", "survived", "quick"]
+    assert asked == ["0", "1", "1", "1", "2"]
+
+
+def test_peers_learn_what_there_is_to_learn_and_with_q_more_than_regression(tmp_path, capsys):
+    for peer in peers.PEERS:
+        peers.main([peer, *"--env toy --dataset toy-20 --steps 600 --episodes 4 --out".split(), str(tmp_path)])
+    lines = [json.loads(line) for line in (tmp_path / "peers.jsonl").read_text().splitlines()]
+    regression, td3bc, iql = (line["score"] for line in lines)
+    assert regression < 30 < min(td3bc, iql), "the mean action is that of most steps, to the left; Q knows better"
+    assert written(tmp_path).count("| toy-20 |") == 3
+    with pytest.raises(SystemExit) as stop:
+        peers.main(["td3bc", "--env", "nowhere"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_pointmaze_is_recorded_by_one_who_does_not_know_the_goal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    pointmaze.main(["--episodes", "20"])
+    task, data = erdp.load_data(erdp.parse(["--dataset", pointmaze.DATASET, "--device", "cpu"]))
+    assert (data.state.shape, data.action.shape) == ((6000, 8), (6000, 2)) and not data.terminal.any()
+    near = (data.next_state[:, :2] - data.next_state[:, 2:4]).norm(dim=1) <= 0.45  # of what is reached and desired
+    assert torch.equal(near.float(), data.reward) and 0 < near.float().mean() < 0.3
+    assert 0 < task.score(task.data_return) < 30 and task.ref_max > 200, "who knows the goal is mostly there"
+    with pytest.raises(SystemExit) as stop:
+        pointmaze.main([])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("study", [figure2, entropy, likelihood])
+def test_studies_refuse_bad_input_in_one_sentence(study, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        study.main(["--out", str(tmp_path / "file")])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and not said.out and said.err.count("\n") == 1
+
+
+# ==== run_all.sh ======================================================================================================
+
+ARMS = dict(paper={}, bc=runs.CLONING | dict(num_critics=1), released=dict(variant="released"))
+ARMS |= dict(q=dict(num_critics=1, entropy_coef=0.0), entropy=dict(num_critics=1), ensemble=dict(entropy_coef=0.0))
+ARMS |= {f"M{M}": dict(num_critics=M) for M in (1, 4, 16)}
+ARMS |= {"M1-nobackup": dict(num_critics=1, max_q_backup=False, eval_candidates=1)}
+ARMS |= {"M1-nobackup-alpha0": ARMS["M1-nobackup"] | dict(entropy_coef=0.0)}
+ARMS |= {"clipped-double-q": dict(pessimism="min", num_critics=2, entropy_coef=0.0), "debruijn": dict(variant="debruijn")}
+ARMS |= {f"debruijn-{alpha}": dict(variant="debruijn", entropy_coef=alpha) for alpha in (0.1, 0.3)}
+FAKE = """#!/bin/bash
+echo "$*" >>calls
+[[ $1 == erdp.py ]] || exit 0
+while [[ $1 != --run-dir ]]; do shift; done
+mkdir -p "$2"
+[[ ! $2 =~ ${BROKEN:-^$} ]] || { echo "erdp: it is broken"; exit 1; }
+if [[ $2 =~ ${SLOW:-^$} && ! -e $2/checkpoint.pt ]]; then
+    trap 'trap - TERM; sleep 0.5; >"$2/checkpoint.pt"; exit 143' TERM # a second signal ends it
+    >"$2/config.json"
+    while true; do sleep 0.05; done
+fi
+>"$2/result.json"
+"""  # it leaves what erdp.py leaves, and stops as it stops
+
+
+def run_all(folder, *words, **environment) -> subprocess.Popen:
+    """run_all.sh in `folder`, far from the project, with FAKE for Python."""
+    for name, text in {"run_all.sh": (ROOT / "run_all.sh").read_text(), "fake": FAKE}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = dict(PATH=os.environ["PATH"], PYTHON="./fake") | environment
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(["bash", folder / "run_all.sh", *words], env=environment, cwd="/", **pipes)
+
+
+def done(folder, *words, **environment) -> tuple[int, str, str, list[str]]:
+    """Status, output, and the calls of Python."""
+    (folder / "calls").unlink(missing_ok=True)
+    child = run_all(folder, *words, **environment)
+    out, err = child.communicate(timeout=300)
+    calls = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+    return child.returncode, out, err, calls
+
+
+def settings_of(lines) -> dict[tuple, erdp.Args]:
+    """Name's first part, arm and seed, as the run's folder says them -> settings, of the lines that run erdp.py."""
+    found = {}
+    for words in (shlex.split(line) for line in lines if " erdp.py " in line):
+        args = erdp.parse([*words[words.index("erdp.py") + 1 : -1], "--device", "cpu"])
+        name, arm, seed = Path(args.run_dir).name.split("__")
+        assert words[-1] == "--resume" and (name, arm, int(seed)) not in found, "every run has a folder of its own"
+        found[name, arm, int(seed)] = args
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["full", "toy-sweep", "quick"])
+def test_run_all_lists_every_run_of_the_paper_and_changes_only_what_the_arm_says(tmp_path, size):
+    found = settings_of(done(tmp_path, "list", size, ERDP_DATA="/some where")[1].splitlines())
+    five, toy = range(5), [("toy", arm) for arm in ("paper", "bc", "q", "entropy", "ensemble", "released")]
+    if size == "full":
+        arms = "M1", "M4", "M16", "M1-nobackup", "M1-nobackup-alpha0", "clipped-double-q"
+        expected = toy + [(env, "paper") for env in erdp.ROWS if env not in ("toy", "own")]
+        expected = {(*each, seed) for each in expected + [(env, arm) for env in report.FOUR for arm in arms]
+                    for seed in five}  # fmt: skip
+    elif size == "toy-sweep":
+        shares, arms = [f"toy-{share}" for share in (20, 10, 5, 2)], ("bc", "q", "ensemble", "paper", "debruijn")
+        expected = {(share, arm, seed) for share in shares for arm in arms for seed in range(10)}
+        expected |= {("toy-5", arm, seed) for arm in ("released", "debruijn-0.1", "debruijn-0.3") for seed in five}
+    else:
+        envs = "hopper-medium-expert-v2", "antmaze-umaze-v0", "pen-human-v1"
+        expected = {(*each, seed) for each in toy for seed in five} | {(e, a, 0) for e in envs for a in ("bc", "M4")}
+    assert found.keys() == expected
+    for (env, arm, seed), args in found.items():
+        changed = ARMS[arm] | dict(seed=seed, run_dir=args.run_dir)
+        if size == "quick" and env != "toy":
+            assert args.dataset and args.num_steps < 10_000 and vars(args).items() >= changed.items()
+            continue
+        changed |= dict(dataset=env) if size == "toy-sweep" else {}
+        row = "toy" if size == "toy-sweep" else env
+        expected = erdp.preset(row, changed.get("variant", "paper"), "cpu")
+        assert args == dataclasses.replace(expected, **changed), f"{env}, {arm}"
+
+
+def test_run_all_runs_what_it_lists_then_the_report_and_names_what_failed(tmp_path):
+    lines = done(tmp_path, "list", "pen-human-v1")[1].splitlines()
+    assert [line.split()[5] for line in lines] == [*"01234"]
+    status, out, _, calls = done(tmp_path, "--jobs", "3", "pen-human-v1", BROKEN="__[03]")
+    assert status == 1 and sorted(calls[:-1]) == [line.removeprefix("./fake ") for line in lines]
+    assert calls[-1] == "results/report.py runs"
+    failed = [f"pen-human-v1__paper__{seed} failed: see runs/pen-human-v1__paper__{seed}.log" for seed in (0, 3)]
+    assert out.splitlines()[-2:] == failed
+    assert (tmp_path / "runs" / "pen-human-v1__paper__0.log").read_text() == "erdp: it is broken\n"
+    assert done(tmp_path, "pen-human-v1")[0] == 0
+    status, out, _, calls = done(tmp_path, "task", "2", "pen-human-v1", BROKEN="__1")
+    assert (status, out, len(calls)) == (1, "erdp: it is broken\n", 1), "the run in place of the script"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_all_stops_its_runs_with_a_checkpoint_and_goes_on_later(tmp_path, number):
+    child, deadline = run_all(tmp_path, "--jobs", "2", "pen-human-v1", SLOW="."), time.monotonic() + 100
+    while len(list((tmp_path / "runs").glob("*/config.json"))) < 2:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(child.pid, number)  # as Ctrl-C to the terminal's process group
+    assert child.wait(timeout=100) == 130, child.communicate()
+    assert len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2, "it ends after its runs"
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing else was started"
+    assert done(tmp_path, "pen-human-v1")[0] == 0
+    child.communicate()
+
+
+@pytest.mark.parametrize("words", ["task", "task 0", "task 99 quick", "task x", "task 1 quick 2", "--jobs 0", "half"])
+def test_run_all_says_in_one_sentence_what_is_wrong_with_its_words(tmp_path, words):
+    status, out, err, calls = done(tmp_path, *words.split(), ERDP_DATA="x")
+    assert (status, out, err.count("\n"), calls) == (2, "", 1, []) and err.startswith("run_all.sh: ")
+    status, out, err, _ = done(tmp_path, PYTHON="no-such-python")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "no-such-python" in err
