@@ -10,14 +10,12 @@ Ways of running the same update are timed in turn, slice by slice, in one proces
 speed meets them all; a figure is the median over slices. The ways:
 
     released   the authors' agent, with the same settings, batch and data (--released)
-    plain      eager, with the ensemble written the obvious way: input expanded to (M, N, S + A), a product and a bias a
-               layer, gradients to Q's weights in the policy's step too, PyTorch's default Adam
     eager      erdp.update as it is
     compiled   --compile: with torch.compile
     captured   as one CUDA graph (CUDA only; there the next two are captured too, as in the program)
     bf16       --compile --precision bf16
 
-The first two multiply matrices as PyTorch does by itself, the others as `erdp.use_device` has it. Beside them
+The first multiplies matrices as PyTorch does by itself, the others as `erdp.use_device` has it. Beside them
 stands the bound: the matrix products of one update alone, into memory that is there already. The data is random and of
 AntMaze's sizes unless --dataset is given. The last lines are `BENCH M=<M> <updates a second>`, of the fastest way in
 float32.
@@ -34,24 +32,12 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from pages import table
 
 import erdp
 
 STATE_DIM, ACTION_DIM, ROWS = 31, 8, 100_000  # AntMaze's sizes
-WAYS = {"cpu": ("plain", "eager", "compiled", "bf16"), "cuda": ("plain", "eager", "captured", "compiled", "bf16")}
-
-
-class PlainEnsemble(erdp.QEnsemble):
-    """The same functions as QEnsemble's, without its care for speed. `frozen` is ignored."""
-
-    def forward(self, state, action, frozen=False):
-        h = torch.cat([state, action], -1).flatten(0, -2).expand(len(self.weights[0]), -1, -1)  # (M, N, S + A)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
-            h = F.mish(h @ weight + bias)
-        q = (h @ self.weights[-1] + self.biases[-1]).squeeze(-1)  # (M, N)
-        return q.unflatten(-1, action.shape[:-1])
+WAYS = {"cpu": ("eager", "compiled", "bf16"), "cuda": ("eager", "captured", "compiled", "bf16")}
 
 
 def learner(args: erdp.Args, way: str, data: erdp.Batch):
@@ -60,10 +46,6 @@ def learner(args: erdp.Args, way: str, data: erdp.Batch):
     args.precision = "bf16" if way == "bf16" else args.precision
     torch.manual_seed(args.seed)
     agent = erdp.Agent(data.state.shape[1], data.action.shape[1], args, args.device)
-    if way == "plain":
-        agent.critics.__class__ = agent.critics_target.__class__ = PlainEnsemble
-        agent.policy_optimizer = torch.optim.Adam(agent.policy.parameters(), args.lr)
-        agent.critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.critic_lr)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     rows = torch.empty(args.batch_size, dtype=torch.int64, device=args.device)
     noise = erdp.noise_buffers(args, data.action.shape[1], args.device)
@@ -111,18 +93,13 @@ def released(checkout: Path, args: erdp.Args, data: erdp.Batch):
         loss_type="NML" if args.loss == "noise" else "MLL",
         action_clip=args.clip_denoised,
     )
-    return lambda: agent.train(sampler, 1, batch_size=args.batch_size)
 
-
-def by_default(step, args: erdp.Args):
-    """`step` with PyTorch's own choice of precision and library for products of matrices."""
-
-    def run():
-        torch.set_float32_matmul_precision("highest")
-        step()
+    def step():
+        torch.set_float32_matmul_precision("highest")  # PyTorch's own choice
+        agent.train(sampler, 1, batch_size=args.batch_size)
         erdp.use_device(args)
 
-    return run
+    return step
 
 
 def products(args: erdp.Args, state_dim: int, action_dim: int):
@@ -203,9 +180,8 @@ def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float,
         torch.compiler.reset()  # or a second size would be compiled for any size
         multiply, operations, _ = products(args, data.state.shape[1], data.action.shape[1])
         steps = {way: learner(args, way, data)[0] for way in ways if way != "released"}
-        steps["plain"] = by_default(steps["plain"], args)
         if checkout:
-            steps = {"released": by_default(released(checkout, args, data), args)} | steps
+            steps["released"] = released(checkout, args, data)
         rate = rates(steps | {"products": multiply}, args.device, seconds)
         best = max(rate[way] for way in ways if way != "bf16")
         found = [f"{rate[way]:.4g} ({rate[way] / rate[ways[0]]:.2f})" for way in ways]

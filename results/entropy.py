@@ -5,8 +5,8 @@
 
 (a) The estimate, as `erdp.policy_loss` computes it, beside the entropy that it stands for, where both the distribution
 and its noise E(eps | x_t) are known exactly. (b) Small policies trained with the term and without Q. (d) The term by de
-Bruijn's identity: its estimate on finer grids, and what alpha does. Section (c) of the page, on gradients, and its last
-one, on the toy, are of runs, and are kept there.
+Bruijn's identity: its estimate on finer grids, and what alpha does. What else the page has, gradients (c), the policy's
+own samples, the toy, an earlier version of this script measured.
 """
 
 import argparse
@@ -248,36 +248,6 @@ def widening_tables(widenings: dict) -> tuple[str, str]:
     return found, table(["target", "times", "up to, clipped", "up to, not clipped"], best)
 
 
-def own_samples(alpha: float) -> tuple[float, Spread]:
-    """H-hat and the samples (x0-hat clipped) of a policy on TARGET whose term is taken at its own noised samples.
-
-    All is linear: eps_hat = k_t x_t, where k_t minimises E (k x_t - eps)^2 over the data + alpha T w_t E (k x_t)^2 over
-    the samples, which follow from k_t: a fixed point.
-    """
-    sde, (_, width) = sde_of(), TARGET
-    scale, var = (column[:, 0] for column in sde.transition(0, torch.arange(1, sde.num_steps + 1)))
-    w, of_data = weights(sde), scale**2 * width**2 + var  # E x_t^2 of noised data
-    deviation = width
-    for _ in range(40):
-        of_samples = scale**2 * deviation**2 + var
-        k = var.sqrt() / (of_data + alpha * sde.num_steps * w * of_samples)
-        found = sampled(lambda x_t, t, state: k[t - 1, None] * x_t, sde, True, ROWS // 5)  # noqa: B023
-        deviation = (deviation + found.deviation) / 2
-    estimate = 0.5 * math.log(2 * math.pi * math.e) - (w * (k**2 * of_samples - var)).sum()
-    return float(estimate), found
-
-
-def own_table(of_data: Widening) -> str:
-    lines = []
-    for i, alpha in enumerate(SHOWN):
-        if alpha not in (0.01, 0.2):
-            estimate, found = own_samples(alpha)
-            values = of_data.h_hat[i], *of_data.clipped[i][:2], estimate, *found[:2]
-            lines.append([f"{alpha:g}", *(f"{value:.2f}" for value in values)])
-    header = [f"{where}: {m}" for where in ("data", "own") for m in ("H-hat", "entropy", "deviation")]
-    return table(["alpha", *header], lines)
-
-
 # ==== The picture and the page ========================================================================================
 
 
@@ -333,7 +303,6 @@ def main(argv=None):
         grids=grids_table(),
         widening=found,
         best=best,
-        own=own_table(widenings["Gaussian, deviation 0.3", "t = 1, 2"]),
     )
 
 
