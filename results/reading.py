@@ -166,7 +166,7 @@ $`\alpha`$ weigh A times as much against it.
 
 code: noise_loss
 
-- `test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07` holds it against a second
+- `test_eq05_and_the_losses_in_its_place_have_their_formulas` holds it against a second
   one, written from the paper.
 
 ## Section 3.1: optimal sampling
@@ -448,6 +448,10 @@ code: update | measured = | return
   $`\bar{\phi}`$ against those of the released code.
 - `test_algorithm1_agent_has_the_papers_networks_and_optimisers` holds a new agent against Section 4.1 and Table 4.
 - `test_algorithm1_draws_times_and_gaussians_of_their_laws` holds what is random against its laws.
+- `test_algorithm1_critics_on_the_toy_are_its_q_by_dynamic_programming` holds what the critics learn on the toy against
+  the Q of its own policy.
+- `test_algorithm1_on_the_toy_ends_above_the_data_and_above_cloning` holds what the policy learns there against
+  both; with the sign of Q turned it ends below the data.
 
 ## Section 4.1: the experiments
 
@@ -602,7 +606,7 @@ code: posterior_loss
 code: LOSSES
 code: DOMAINS
 
-- `test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07` holds each of the three
+- `test_eq05_and_the_losses_in_its_place_have_their_formulas` holds each of the three
   against a second one, written term by term.
 - `test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser` holds the third against a weighted error of the noise.
 - `test_table_4_is_the_preset_of_every_row` holds every row's settings against the paper's tables.
