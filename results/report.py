@@ -222,7 +222,8 @@ def panels_of(groups: list[Group]) -> dict[str, dict]:
             rest = {name: x for name, x in group.arm.items() if name not in MEASURING}
             loss = {name: rest.pop(name) for name in ("loss", "clip_denoised") if name in rest}
             told = f"{label(loss)}, " * bool(loss) + f"{group.setting('eval_episodes')} episodes an evaluation"
-            title = f"{group.env}\n{group.data}, {group.transitions:,} transitions\n{told}"
+            row = "" if group.env == "own" else f"{group.env}\n"
+            title = f"{row}{group.data}, {group.transitions:,} transitions\n{told}"
             others.setdefault(title, {})[label(rest)] = group
     sizes = paper({name: SIZES[name] for name in ("M = 1", "M = 4", "M = 64")})
     found = {"figure3.png": sizes | paper(ALPHAS), "figure4.png": paper(METHODS), "figure5.png": sizes}
