@@ -828,12 +828,11 @@ def hdf5_episodes(path: Path) -> list[Episode]:
     import h5py
 
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
-    with h5py.File(path) as file:
-        if missing := [key for key in keys if key not in file]:
-            raise ValueError(f"it lacks {', '.join(missing)}, which D4RL's files have")
+    with refusing(f"{path} is not in D4RL's layout of {', '.join(keys)}", KeyError, TypeError), h5py.File(path) as file:
         columns = [file[key][()] for key in keys]
-    if len({len(column) for column in columns}) > 1:
-        raise ValueError(f"its {', '.join(keys)} have the lengths {[len(column) for column in columns]}")
+        lengths = [len(column) for column in columns]
+        if len(set(lengths)) > 1 or not all(lengths):
+            raise ValueError(f"these have the lengths {lengths}")
     state, action, reward, terminal, timeout = columns
     ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
     ends = np.union1d(ends, len(reward))
@@ -857,13 +856,13 @@ def read_data(args: Args):
             raise ValueError("the toy's data are called toy-0 to toy-99")
         return toy_episodes(args.seed, int(share[1]) / 100)
     if name.endswith(HDF5):
-        return hdf5_episodes(Path(name).expanduser() if args.dataset else fetch_d4rl(name))
+        return hdf5_episodes(Path(os.path.expanduser(name)) if args.dataset else fetch_d4rl(name))
     if not re.search(r"-v\d+$", name):
         raise ValueError("it is no .hdf5 file, nor a Minari id with its version, such as D4RL/pen/human-v2")
     import minari
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
-    folder = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")))
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".erdp.lock") if os.access(folder, os.W_OK) else contextlib.nullcontext()
     with lock:  # of many that start at once, one downloads and the others wait
@@ -872,17 +871,19 @@ def read_data(args: Args):
             say(f"{name} is not in {folder}: looking for it on Minari's server")
             problem = f"{name} cannot be downloaded; {folder} has {', '.join(minari.list_local_datasets()) or 'no set'}"
         with refusing(problem, Exception):
-            return minari.load_dataset(name, download=True)
+            data = minari.load_dataset(name, download=True)
+            next(iter(data), None)  # where it is damaged, it shows here
+            return data
 
 
 def fetch_d4rl(name: str) -> Path:
     """The path of a file of D4RL's, which is downloaded at first use."""
     import pooch
 
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     folder.mkdir(parents=True, exist_ok=True)
     pooch.get_logger().setLevel("WARNING")
-    source = pooch.HTTPDownloader(progressbar=True, timeout=20)
+    source = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=20)
     with filelock.FileLock(folder / f".{name}.lock"):
         with refusing(f"{name} cannot be downloaded, fetch it by hand and save it in {folder}", Exception):
             return Path(pooch.retrieve(D4RL_SERVER + name, None, name, folder, downloader=source))
@@ -903,7 +904,7 @@ def make_env(args: Args, data=None) -> gym.Env:
     """The environment of --eval-env, else the row's, else the one that the Minari set `data` names, by D4RL's rule."""
     row = ROWS[args.env]
     domain = DOMAINS[row.domain]
-    if row.domain != "toy":
+    if row.domain != "toy" or args.eval_env:
         register_robots()
     name, recorded = args.eval_env or row.env, getattr(data, "env_spec", None)
     if name is None and recorded is None:
@@ -966,6 +967,8 @@ def flatten(parts, observation) -> np.ndarray:
             raise ValueError(f"an observation lacks the parts {', '.join(parts)}")
         flat = [flatten(part, observation[key]) for key, part in parts.items()]
         return np.concatenate(flat, -1)
+    if isinstance(observation, dict):
+        raise ValueError(f"an observation has the parts {', '.join(observation)}, but is to be of the shape {parts}")
     array = np.asarray(observation, np.float32)
     leading = array.shape[: array.ndim - len(parts)]
     return array.reshape(*leading, -1)
@@ -1034,7 +1037,7 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         wanted = [((states, state_dim), (n, *shape), (n,), (n,)) for states in (n + 1, n)]
         if found not in wanted:
             names = "observations, actions, rewards and terminations"
-            raise ValueError(f"the {names} of episode {number} have the shapes {found}, not {wanted[0]}")
+            raise ValueError(f"the {names} of episode {number} are {found}, not {wanted[0]} as in {spec.id}")
         ended.append(bool(terminal[-1:].any() or truncated[-1:].any()))
         if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
@@ -1042,7 +1045,7 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         over = [step for step in range(1, n) if domain.over(state[step])]
         rewards.append(reward[: min(over, default=n)])  # none after a state in which D4RL ends the episode
         n = min(n, len(state) - 1)
-        parts.append(Batch(state[:n], action[:n].reshape(n, -1), reward[:n], state[1 : n + 1], terminal[:n]))
+        parts.append(Batch(state[:n], action[:n].reshape(n, low.size), reward[:n], state[1 : n + 1], terminal[:n]))
     if not any(len(part.reward) for part in parts):
         raise ValueError("it holds no transition")
     batch = Batch(*map(np.concatenate, zip(*parts)))
@@ -1245,7 +1248,7 @@ SPEAK_EVERY = 300  # seconds between two lines in a log file
 def run_folder(args: Args) -> Path:
     name = args.dataset or "own" if args.env == "own" else args.env
     default = f"runs/{name.replace('/', '-')}__{args.variant}__{args.seed}"
-    return Path(args.run_dir or default).expanduser()
+    return Path(os.path.expanduser(args.run_dir or default))
 
 
 @contextlib.contextmanager
