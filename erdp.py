@@ -438,8 +438,9 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     value = (pessimistic_value(q, args) * seen).sum() / seen.sum().clamp(min=1)
     scale = q if args.variant == "released" else pessimistic_value(q_data, args)
     lambda_ = args.eta / scale.abs().mean().detach()  # eta / E|Q(s, a)|
-    alpha = args.entropy_coef * weight_of(entropy, lambda_, eps_hat.shape[-1])
-    loss = l_diff - lambda_ * value - alpha * entropy.mean()  # Eq. 15
+    weight = args.entropy_coef * weight_of(entropy, lambda_, eps_hat.shape[-1])
+    bonus = weight * entropy.mean() if args.entropy_coef else 0.0  # with alpha = 0 not even where it is infinite
+    loss = l_diff - lambda_ * value - bonus  # Eq. 15
     measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy.mean())
     return {"policy_loss": loss} | {name: term.detach() for name, term in measured.items()}
 
@@ -756,9 +757,10 @@ def check_settings(args: Args):
     released, T = args.variant == "released", args.num_diffusion_steps
     least = dict(num_diffusion_steps=2 + released, seed=0, ema_start=0)  # the released entropy term needs t = 2 < T
     most = dict(q_time=T, discount=1, target_rate=1, ema_rate=1)
-    for name, value in vars(args).items():
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
         if isinstance(value, int | float):
-            low = least.get(name, 1 if type(value) is int else 0)
+            low = least.get(name, 1 if field.type.startswith("int") else 0)
             high = most.get(name, math.inf)
             positive = value > 0 or name not in ("lr", "critic_lr", "grad_norm")
             if not (low <= value <= high and value < math.inf and positive):
