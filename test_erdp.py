@@ -697,10 +697,11 @@ def test_eq15_policy_loss_and_its_gradient_equal_literal_ones(options, choices):
 def test_eq15_gradient_equals_finite_differences():
     """Where no magnitude that the gradient holds constant depends on the prediction, as in `released`."""
     for options in ("paper", "noise", "lcb"), ("paper", "likelihood", "min"), ("debruijn", "posterior", "lcb"):
-        p = problem(5, **dict(zip(("variant", "loss", "pessimism"), options)))
-        eps_hat = p.eps_hat.clone().requires_grad_()
-        same = torch.autograd.gradcheck(lambda e, p=p: p.loss(eps_hat=e)["policy_loss"], eps_hat, raise_exception=False)
-        assert same, f"Eq. 15's gradient, {options}"
+        p = problem(1, **dict(zip(("variant", "loss", "pessimism"), options)))
+        assert (p.a_0.abs() < 1).sum() == 5, "of 8 components Q has a gradient to 5"
+        tight = dict(rtol=1e-5, atol=1e-7, raise_exception=False)
+        loss = [lambda eps_hat, p=p: p.loss(eps_hat=eps_hat)["policy_loss"], p.eps_hat.clone().requires_grad_()]
+        assert torch.autograd.gradcheck(*loss, **tight), f"Eq. 15's gradient, {options}"
 
 
 def test_eq15_gradients_flow_into_the_policy_alone():
