@@ -373,7 +373,7 @@ LITERAL_LOSSES = dict(
 
 
 @given(cases())
-def test_eq05_and_the_losses_in_its_place_have_their_formulas(case):
+def test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07(case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
     symbols = *map(torch.tensor, (case.prime, case.bar, case.before)), case.x, x_t, case.y, case.z
     for name, loss in erdp.LOSSES.items():
