@@ -166,7 +166,7 @@ $`\alpha`$ weigh A times as much against it.
 
 code: noise_loss
 
-- `test_eq05_and_the_losses_in_its_place_have_their_formulas` holds it against a second
+- `test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07` holds it against a second
   one, written from the paper.
 
 ## Section 3.1: optimal sampling
@@ -606,7 +606,7 @@ code: posterior_loss
 code: LOSSES
 code: DOMAINS
 
-- `test_eq05_and_the_losses_in_its_place_have_their_formulas` holds each of the three
+- `test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07` holds each of the three
   against a second one, written term by term.
 - `test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser` holds the third against a weighted error of the noise.
 - `test_table_4_is_the_preset_of_every_row` holds every row's settings against the paper's tables.
