@@ -1593,8 +1593,10 @@ def test_data_rewards_are_scaled_by_domain():
         agree(f"rewards of {row}", data.reward, np.array(expected, np.float32), rtol=1e-6, atol=1e-7)
     _, same = load([episode(0, [3, 3], observations=np.ones((3, 45)))], "pen-human-v1", states=45)
     assert same.reward.tolist() == [0, 0], "standardised rewards that do not differ are 0, not NaN"
-    with pytest.raises(ValueError, match="rewards of 0 and 1.*sparse"):
-        load([episode(0, [0.1, 0.9])], "antmaze-umaze-v0")
+    refused = {"antmaze-umaze-v0": "rewards of 0 and 1.*sparse", "kitchen-mixed-v0": "without the part 'observation'"}
+    for row, words in refused.items():
+        with pytest.raises(ValueError, match=words):
+            load([episode(0, [0.1, 0.9])], row)
 
 
 def columns_of(space, samples):
@@ -1632,10 +1634,11 @@ def fixed_actor(sample, low, high, critics=None, dtype="float32", **choices) -> 
     return erdp.Actor(agent, [2], low, high, dtype)
 
 
-BOUNDS = st.tuples(st.floats(-5, 5, width=32), st.floats(0.5, 80, width=32)).map(lambda b: (b[0], b[0] + b[1]))
+BOUNDS = st.tuples(st.floats(-5, 5), st.floats(0.5, 80)).map(lambda b: (b[0], b[0] + b[1]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@example([(3.4, 7.8)], np.ones((4, 1)))  # 3.4 + (7.8 - 3.4) > 7.8
 @given(st.lists(BOUNDS, min_size=1, max_size=3), arrays(np.float64, (4, 1), elements=st.floats(0, 1)))
 def test_data_actions_are_scaled_by_the_bounds_of_each_and_back_in_their_dtype(dtype, bounds, where):
     low, high = np.array(bounds, dtype).T
@@ -1895,6 +1898,12 @@ def test_evaluation_with_a_return_of_nan_names_the_episodes_seed():
             score(Gambler(), num_envs=2, unstable=seeds[number])
     found = score(Gambler(), num_envs=2, unstable=seeds[9])
     agree("what comes after the last episode does not count", found["return"], plain["return"], rtol=0, atol=0)
+
+
+@pytest.mark.xfail(strict=True, reason="a closed standard output is taken for a process that has died")
+def test_evaluation_knows_a_broken_pipe_that_is_not_a_workers():
+    with pytest.raises(BrokenPipeError), erdp.playing(task_of(made("Ledger")), 1):
+        raise BrokenPipeError
 
 
 def test_evaluation_uses_two_workers_a_thread_whatever_the_machine_has_and_one_an_episode_at_most(monkeypatch):
@@ -2783,7 +2792,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "hdf5: one row": (hdf5(1), ["no transition"]),
     "hdf5: another format": (hdf5(change=lambda content: b"1, 2\n"), ["a.hdf5"]),
     "hdf5: half of the file": (hdf5(change=lambda content: content[: len(content) // 2]), ["a.hdf5"]),
-    "hdf5: a folder": (lambda folder: hopper(folder), ["cannot be learned from"]),
+    "hdf5: a folder": (lambda folder: hopper(folder.joinpath("a.h5").mkdir() or folder / "a.h5"), ["a.h5"]),
     "hdf5: no environment": (lambda folder: hdf5()(folder)[2:], ["names no environment", "--eval-env", "--env"]),
     "fewer rewards": (changed("rewards", lambda rows: rows[:-1]), ["of episode 1 are", "(3,)"]),
     "wide actions": (changed("actions", lambda rows: np.repeat(rows, 2, 1)), ["(4, 4)", "not ((5, 4), (4, 2)"]),
@@ -3007,13 +3016,6 @@ def test_real_processes_say_one_sentence_of_bad_input_or_nothing(name, tmp_path)
     if status:
         left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
         assert not left, "before anything is written"
-
-
-@pytest.mark.slow
-def test_real_process_whose_output_is_cut_short_ends(tmp_path):
-    command = f"{sys.executable} {erdp.__file__} --help | head -1"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: erdp.py"), done
 
 
 def waited_for(condition, child=None):
