@@ -3,7 +3,7 @@
     python results/gpu_check.py                        # writes results/gpu.md; needs no download and no MuJoCo
     python results/gpu_check.py --released CHECKOUT    # ... with the speed of the authors' code, cloned there
     python results/gpu_check.py --only speed acting    # these parts alone
-    python results/gpu_check.py --rehearse             # on the CPU, with small sizes and without CUDA's own parts
+    python results/gpu_check.py --rehearse             # on the CPU, small, without CUDA's own parts: seven minutes
 
 Each of PARTS runs in a process of its own: one that fails, hangs or breaks its CUDA context leaves the others whole.
 Those that measure speed or memory (ALONE) come last, one at a time; the others run up to four at a time. The page is
@@ -352,7 +352,7 @@ def resuming(check: Check) -> bool:
         toy(check, halves, cache, 400)
         toy(check, halves, cache, 800, "--resume")
         off = difference(whole, halves)
-        scores = " and ".join(lines_of(path)[-1]["score_mean"] for path in (whole, halves))
+        scores = " and ".join(f"{float(lines_of(path)[-1]['score_mean']):.2f}" for path in (whole, halves))
     print(f"The two checkpoints are {f'NOT equal: {off}' if off else 'equal bit for bit'}. Their scores are {scores}.")
     return not off
 
@@ -610,6 +610,8 @@ def main(argv=None) -> int:
     words += ["--released", str(options.released.resolve())] if options.released else []
     rehearsal = Path(tempfile.gettempdir()) / "gpu-rehearsal.md"
     out = options.out or (rehearsal if options.rehearse else ROOT / "results" / "gpu.md")
+    called = "python results/gpu_check.py" + " --released CHECKOUT" * bool(options.released)
+    called += " --only " + " ".join(options.only) if options.only != names else ""
     title = "A rehearsal on a CPU, which says nothing of a GPU" if options.rehearse else "On a GPU"
 
     def run(name):
@@ -618,7 +620,7 @@ def main(argv=None) -> int:
 
     def write(results):
         seconds = f"{time.monotonic() - began:.0f} seconds, {time.strftime('%Y-%m-%d')}"
-        out.write_text(page(options.only, results, f"# {title}\n\n`python results/gpu_check.py`: {seconds}."))
+        out.write_text(page(options.only, results, f"# {title}\n\n`{called}`: {seconds}."))
 
     results = check_all(options.only, run, write)
     bad = [name for name in options.only if results.get(name, ("not reached",))[0] not in ("passed", "left out")]
