@@ -599,18 +599,18 @@ class Captured:
 
     def __init__(self, function: Callable[[], None]):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()  # of the first calls and of the capture
 
     def __call__(self):
         self.calls += 1
         if self.calls <= 3:  # what is initialised on first use must not be captured, and wants a stream of its own
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.function()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.calls == 4:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.function()
         self.graph.replay()
 
@@ -1178,6 +1178,8 @@ def playing(task: Task, episodes: int):
         envs.close()
     except (EOFError, ConnectionError) as error:  # of a pipe whose other end is gone
         time.sleep(1)  # a scheduler's signal to all processes may reach this one last
+        if all(process.is_alive() for process in getattr(envs, "processes", ())):
+            raise  # of another pipe
         advice = "what was saved before it stands, and --resume goes on from there"
         raise UserError(f"a process of the evaluation has died, most often for want of memory: {advice}") from error
     finally:
