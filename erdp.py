@@ -1091,6 +1091,7 @@ class Actor:
     def __init__(self, agent: Agent, parts, low, high, dtype="float32"):
         self.agent, self.layout = agent, parts
         self.low, self.high = np.array([low, high], dtype)  # the actions' bounds, in their shape and dtype
+        self.compiled = agent.args.compile  # for one number of states
 
     @torch.no_grad()
     def __call__(self, observation, generator=None) -> np.ndarray:
@@ -1209,7 +1210,7 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
             while alive.any():
                 if stops:  # which a signal fills
                     return None
-                who = np.flatnonzero(alive | actor.agent.args.compile)  # compiled for one number of states: all
+                who = np.flatnonzero(alive | getattr(actor, "compiled", False))  # all, where their number must not change
                 actions[who] = actor(state[who], [streams[k] for k in who])
                 state, _, _, _, info = envs.step(actions)
                 bar.update(int((alive & info["ended"]).sum()))

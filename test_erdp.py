@@ -1836,7 +1836,6 @@ class Gambler:
     """Acts by its streams and the clock alone."""
 
     low, high = np.array([[-1, 0], [3, 0.5]], np.float32)
-    agent = SimpleNamespace(args=Args())
 
     def __call__(self, state, streams):
         assert len(state) == len(streams) and state.shape[1] == 4, "flat observations, a stream each"
