@@ -1006,9 +1006,10 @@ def describe_env(env: gym.Env, part: str | None) -> dict:
         if part not in getattr(space, "spaces", ()):
             raise ValueError(f"{name} observes {space}, without the part {part!r} that this row's policies see")
         space = gym.spaces.Dict({part: space[part]})
-    width = actions.high.astype(float) - actions.low if isinstance(actions, gym.spaces.Box) else np.zeros(1)
+    box = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
+    width = actions.high.astype(float) - actions.low if box else np.zeros(1)
     if not ((width > 0) & (width < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
-        raise ValueError(f"{name} has the actions {actions}, not a Box with 0 < high - low < 1e6")
+        raise ValueError(f"{name} has the actions {actions}, not a Box of floats with 0 < high - low < 1e6")
     return dict(layout=layout(space), low=actions.low.tolist(), high=actions.high.tolist(), dtype=actions.dtype.name)
 
 
@@ -1210,7 +1211,7 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
             while alive.any():
                 if stops:  # which a signal fills
                     return None
-                who = np.flatnonzero(alive | getattr(actor, "compiled", False))  # all, where their number must not change
+                who = np.flatnonzero(alive | getattr(actor, "compiled", False))  # or all of them
                 actions[who] = actor(state[who], [streams[k] for k in who])
                 state, _, _, _, info = envs.step(actions)
                 bar.update(int((alive & info["ended"]).sum()))
@@ -1520,7 +1521,7 @@ def train(args: Args) -> int:
             return 128 + stops[0]
         run.finish()
         return 0
-    say("stopped within an update or an evaluation: --resume goes on from the checkpoint before it")
+    say("stopped within a step: what was saved before it stands, and --resume goes on from there")
     return 128 + stops[0]
 
 
