@@ -2307,6 +2307,7 @@ def test_runs_stop_where_a_number_is_not_finite_and_never_save_it(name, tmp_path
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -2462,6 +2463,7 @@ def ledger_v7():
     gym.registry.pop("Ledger-v7")
 
 
+@pytest.mark.slow
 def test_run_in_an_environment_that_the_data_set_does_not_name(refused, minari_root, tmp_path, monkeypatch, ledger_v7):
     spaces = dict(observation_space=Ledger.observation_space, action_space=gym.make(ledger_v7).action_space)
     argv = ["--dataset", make_minari(made("Ledger"), recorded=None, **spaces)]
@@ -2508,6 +2510,7 @@ def test_eval_only_plays_in_another_environment_if_its_spaces_are_the_policys(re
     refused(["--eval-only", policy, "--eval-env", "Nowhere-v0"], "Nowhere-v0 cannot be made")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["minari", "hdf5"])
 def test_run_resumed_elsewhere_takes_its_own_data_by_any_name_and_no_other(kind, refused, minari_root, tmp_path):
     if kind == "minari":
@@ -2689,6 +2692,7 @@ WORDS = st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=
 FLAGS = st.sampled_from(["--" + field.name.replace("_", "-") for field in dataclasses.fields(Args)])
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(st.lists(FLAGS | WORDS.filter(lambda word: word not in ("-h", "--help")), min_size=1, max_size=4))
 def test_mangled_settings_are_parsed_or_refused(argv):
@@ -2910,6 +2914,7 @@ CHANGED += " --no-clip-denoised --env=hopper-medium-v2 --hidden=9 --discount=0.9
 CHANGED += " --ema-rate=1 --ema-every=2 --ema-start=5 --q-time=1"
 
 
+@pytest.mark.slow
 def test_bad_change_of_a_setting_is_refused_by_its_name_for_a_resumed_run_and_in_its_folder(refused, unfinished):
     for flag in CHANGED.split():
         name = flag.split("=")[0].replace("--no-", "--")
