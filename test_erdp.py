@@ -2805,7 +2805,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "half of the metadata": (half("metadata.json"), ["made/data-v0", "delete"]),
     "discrete actions": (minari_set(DISCRETE["action"]), ["Discrete(3)"]),
     "discrete observations": (minari_set(DISCRETE["observation"]), ["observations", "Discrete(3)"]),
-    "unbounded actions": (minari_set(boxed([-1] * 60, [math.inf] * 60)), ["not a Box of floats with 0 < high - low < 1e6"]),
+    "unbounded actions": (minari_set(boxed([-1] * 60, [math.inf] * 60)), ["a Box of floats with 0 < high - low < 1e6"]),
     "bounds without width": (minari_set(boxed([-1, 1], [1, 1]), actions=[np.ones(2)] * 4), ["0 < high - low"]),
     "huge bounds": (minari_set(boxed([-3.4e38] * 2, [3.4e38] * 2)), ["high - low < 1e6"]),
     "evaluation: it cannot be made": (minari_set(eval_env=made("Odd")), ["cannot be made", "the simulator"]),
