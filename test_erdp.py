@@ -2225,7 +2225,7 @@ def test_runs_resumed_are_the_uninterrupted_one_bit_for_bit(name, finished, tmp_
         assert not list(folder.glob(".part*")), "no part of a file is left"
         said, resume = capsys.readouterr(), ["--resume"]
         if status in (130, 143):
-            assert f"stopped {'within an' if 'compiler' in name else f'at update {step}:'}" in said.out
+            assert f"stopped {'within a step' if 'compiler' in name else f'at update {step}:'}" in said.out
             assert "--resume goes on" in said.out and said.err == ""
         if status == 2:
             assert re.fullmatch("erdp: [^\n]*--resume[^\n]*No space left on device\n", said.err)
