@@ -1521,7 +1521,7 @@ def train(args: Args) -> int:
             return 128 + stops[0]
         run.finish()
         return 0
-    say("stopped within a step: what was saved before it stands, and --resume goes on from there")
+    say("stopped within a step: --resume goes on from what was saved before it")
     return 128 + stops[0]
 
 
