@@ -22,6 +22,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -1502,6 +1503,7 @@ def test_use_device_makes_a_gpu_the_current_one_and_gives_small_networks_one_thr
     for choices, gpu, threads, products in (
         (dict(device="cuda"), [0], [], ["highest"]),
         (dict(device="cuda:1", precision="tf32"), [1], [], ["high"]),
+        (dict(device="cuda", precision="bf16"), [0], [], ["high"]),  # of what is not in bfloat16
         (dict(hidden=64), [], [1], None),  # None: by the kind of CPU
         (dict(hidden=65), [], [], None),
     ):
@@ -1897,6 +1899,17 @@ def test_evaluation_with_a_return_of_nan_names_the_episodes_seed():
             score(Gambler(), num_envs=2, unstable=seeds[number])
     found = score(Gambler(), num_envs=2, unstable=seeds[9])
     agree("what comes after the last episode does not count", found["return"], plain["return"], rtol=0, atol=0)
+
+
+def test_runs_of_the_toy_need_none_of_the_packages_of_other_environments(tmp_path, monkeypatch):
+    def version(name):
+        if name in ("mujoco", "minari", "gymnasium-robotics"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert erdp.main([*SHORT.split(), "--run-dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["versions"].keys() >= {"numpy", "torch", "python"}
 
 
 def test_evaluation_knows_a_broken_pipe_that_is_not_a_workers():
