@@ -14,9 +14,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from pages import RESULTS, table
 from scipy import stats
 
-KEPT = Path(__file__).parent / "pointmaze"
+KEPT = RESULTS / "pointmaze"
 ARMS = {"all": "all times", "early": "early times", "cloning": "cloning with critics"}
 SEEDS = range(1, 9)
 LATE = range(20_000, 30_001, 2_500)  # the updates whose evaluations are a run's score
@@ -58,14 +59,13 @@ def keep(top: Path):
 
 def tables(scores: dict, acting: dict) -> str:
     """The page's tables, from scores[arm] (seeds,) and acting[arm, candidates] (seeds,)."""
-    lines = ["| arm | score | best of 50, last policy | plain sample, last policy |", "| --- | --- | --- | --- |"]
+    rows = []
     for arm, name in ARMS.items():
         columns = scores[arm], acting[arm, 50], acting[arm, 1]
-        cells = [f"{np.mean(column):.1f} ± {np.std(column):.1f}" for column in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        rows.append([name, *(f"{np.mean(column):.1f} ± {np.std(column):.1f}" for column in columns)])
+    arms = table(["arm", "score", "best of 50, last policy", "plain sample, last policy"], rows)
     headline = paired(scores["all"], scores["cloning"])
     words = "all times less cloning with critics: {mean:+.1f} [{low:.1f}, {high:.1f}], p = {p:.2g}"
-    lines += ["", "**Headline**, " + words.format(**headline), ""]
     secondary = {
         "early less all times": (scores["early"], scores["all"]),
         "all times less cloning, plain samples": (acting["all", 1], acting["cloning", 1]),
@@ -74,10 +74,11 @@ def tables(scores: dict, acting: dict) -> str:
         "all times, best of 50 less plain sample": (acting["all", 50], acting["all", 1]),
     }
     found = [paired(*pair) for pair in secondary.values()]
-    lines += ["| secondary | difference, 95% interval | p by Holm |", "| --- | --- | --- |"]
+    rows = []
     for name, test, p in zip(secondary, found, holm([test["p"] for test in found])):
-        lines.append(f"| {name} | {test['mean']:+.1f} [{test['low']:.1f}, {test['high']:.1f}] | {p:.2g} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"{test['mean']:+.1f} [{test['low']:.1f}, {test['high']:.1f}]", f"{p:.2g}"])
+    rest = table(["secondary", "difference, 95% interval", "p by Holm"], rows)
+    return f"{arms}\n\n**Headline**, {words.format(**headline)}\n\n{rest}\n"
 
 
 def main(argv=None) -> int:

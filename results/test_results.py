@@ -25,10 +25,12 @@ import mutants
 import numpy as np
 import peers
 import pointmaze
+import pointmaze_study
 import pytest
 import report
 import runs
 import scipy.optimize
+import scipy.stats
 import torch
 from pages import ROOT, fill
 
@@ -632,3 +634,29 @@ def test_run_all_says_in_one_sentence_what_is_wrong_with_its_words(tmp_path, wor
     assert (status, out, err.count("\n"), calls) == (2, "", 1, []) and err.startswith("run_all.sh: ")
     status, out, err, _ = done(tmp_path, PYTHON="no-such-python")
     assert (status, out, err.count("\n")) == (2, "", 1) and "no-such-python" in err
+
+
+# ==== The PointMaze study =============================================================================================
+
+
+def test_pointmaze_study_takes_late_scores_pairs_seeds_and_corrects_by_holm(tmp_path):
+    path = tmp_path / "run.csv"
+    rows = [f"{step},{step / 1000}" for step in range(2500, 30_001, 2500)]
+    path.write_text("\n".join(["step,score_mean", *rows]) + "\n")
+    assert pointmaze_study.run_score(path) == 25, "the mean of 20, 22.5, 25, 27.5 and 30"
+    path.write_text("\n".join(["step,score_mean", *rows[:-1]]) + "\n")
+    with pytest.raises(ValueError, match="no evaluation at update 30000"):
+        pointmaze_study.run_score(path)
+    a, b = np.array([3.0, 5, 4, 8]), np.array([1.0, 4, 1, 4])
+    found, d = pointmaze_study.paired(a, b), a - b
+    half = scipy.stats.t.ppf(0.975, 3) * d.std(ddof=1) / 2
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+    assert pointmaze_study.holm([0.01, 0.04, 0.03, 0.9]) == pytest.approx([0.04, 0.09, 0.09, 0.9])
+
+
+def test_pointmaze_study_compares_nothing_before_all_runs_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pointmaze_study, "KEPT", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        pointmaze_study.main([])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == "" and "not complete" in said.err
