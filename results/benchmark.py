@@ -24,19 +24,32 @@ float32.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import platform
+import re
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.profiler
 from pages import table
 
 import erdp
 
 STATE_DIM, ACTION_DIM, ROWS = 31, 8, 100_000  # AntMaze's sizes
+EPISODES = 8  # of an evaluation's worker processes at the most
+PARTS = {  # of an update, by the names that the profiler gives to operations
+    "matrix products": r"mm|linear",
+    "compiled: Mish, sampling, losses": r"Compiled|cpp_fused",
+    "Adam": r"adam",
+    "averages": r"lerp",
+    "clipping": r"foreach|norm|clamp",
+    "noise and rows": r"normal_|random_|index",
+}
 WAYS = {"cpu": ("eager", "compiled", "bf16"), "cuda": ("eager", "captured", "compiled", "bf16")}
 
 
@@ -213,21 +226,65 @@ def growth(args: erdp.Args, data: erdp.Batch, seconds: float) -> str:
     return table([f"{way}, one thing changed", "updates a second", "ms an update"], lines)
 
 
-def evaluation_speed(num_critics: int, device: str, episodes: int = 4) -> str:
-    """Environment steps a second of an untrained policy in AntMaze's umaze, 50 candidates an action."""
-    args = erdp.preset("antmaze-umaze-v0", device=device)
-    args = dataclasses.replace(args, num_critics=num_critics, compile=False, eval_env="AntMaze_UMaze-v5")
+def acting(args: erdp.Args, num_critics: int, seconds: float) -> list:
+    """A line of the table of evaluation in AntMaze's umaze, by an untrained policy: environment steps a second.
+
+    MuJoCo alone is what the same worker processes do with actions of zero.
+    """
+    args = dataclasses.replace(args, num_critics=num_critics, env="antmaze-umaze-v0", eval_env="AntMaze_UMaze-v5")
     with erdp.make_env(args) as env:
+        env.spec.max_episode_steps = length = 50
         about, spec = erdp.describe_env(env, None), erdp.as_json(env.spec)
     about |= dict(dataset_id="", transitions=0, data_checksum=0, data_episodes=0, data_return=0.0, ref_min=0, ref_max=1)
     task = erdp.Task(domain="antmaze", spec=spec, **about)
-    agent = erdp.Agent(erdp.size(task.layout), len(task.low), args, device)
-    actor = erdp.Actor(agent, task.layout, task.low, task.high, task.dtype)
-    with erdp.playing(task, episodes) as envs:
-        began = time.perf_counter()
-        steps = erdp.evaluate(actor, envs, episodes, 0)["length"].sum()
-        rate = steps / (time.perf_counter() - began)
-        return f"M = {num_critics}: {rate:.0f} environment steps a second in {envs.num_envs} processes"
+    torch.compiler.reset()
+    actors = {}
+    for way in ("eager", "compiled"):
+        torch.manual_seed(args.seed)
+        options = dataclasses.replace(args, compile=way == "compiled")
+        agent = erdp.Agent(erdp.size(task.layout), len(task.low), options, args.device)
+        actors[way] = erdp.Actor(agent, task.layout, task.low, task.high, task.dtype)
+    with erdp.playing(task, EPISODES) as envs:
+        K = envs.num_envs
+        still = np.zeros((K, len(task.low)), task.dtype)
+
+        def mujoco():
+            envs.reset(seed=0)
+            for _ in range(length):
+                envs.step(still)
+
+        ways = {way: functools.partial(erdp.evaluate, actor, envs, K, 0) for way, actor in actors.items()}
+        rate = rates(ways | {"MuJoCo alone": mujoco}, args.device, seconds)
+        state = np.random.default_rng(0).standard_normal((K, erdp.size(task.layout)))
+    speeds = [f"{rate[way] * K * length:.4g} ({rate[way] / rate['eager']:.2f})" for way in rate]
+    action = {way: actor(state, [np.random.default_rng(k) for k in range(K)]) for way, actor in actors.items()}
+    rounding = np.abs(action["compiled"] - action["eager"]).max()
+    return [num_critics, K, *speeds, f"{rate['compiled'] / rate['MuJoCo alone']:.0%}", f"{rounding:.1e}"]
+
+
+def parts(args: erdp.Args, data: erdp.Batch, updates: int = 50) -> str:
+    """The table of what one compiled update spends its time on, by PyTorch's profiler."""
+    args = dataclasses.replace(args, num_critics=4)
+    torch.compiler.reset()
+    step, _ = learner(args, "compiled", data)
+    for _ in range(5):
+        step()
+    began = time.perf_counter()
+    for _ in range(updates):
+        step()
+    whole = 1e3 * (time.perf_counter() - began) / updates
+    with torch.profiler.profile() as profiler:
+        for _ in range(updates):
+            step()
+    spent = dict.fromkeys(PARTS, 0.0)
+    for event in profiler.key_averages():
+        for part, names in PARTS.items():
+            if re.search(names, event.key):
+                spent[part] += event.self_cpu_time_total / 1e3 / updates
+                break
+    spent["launching, Python and what is left"] = whole - sum(spent.values())
+    lines = [[part, f"{ms:.2f}", f"{ms / whole:.0%}"] for part, ms in spent.items()]
+    return table(["part of a compiled update, M = 4", "ms", "share"], [*lines, ["all", f"{whole:.2f}", ""]])
 
 
 def random_data(args: erdp.Args, size: int = ROWS) -> erdp.Batch:
@@ -284,8 +341,10 @@ def main(argv=None):
     command = " ".join(["python results/benchmark.py", *words])
     found, bench = compare(args, data, options.critics, options.seconds, options.released)
     text = f"`{command}`: {machine(args.device)}; {sizes}, {args.precision}.\n\nUpdates a second:\n\n{found}\n"
-    acting = evaluation_speed(options.critics[-1], args.device)
-    text += f"\nEvaluation in AntMaze's umaze, untrained policy, {acting}.\n"
+    heads = ["M", "processes", "eager", "compiled (times eager)", "MuJoCo alone", "compiled of MuJoCo", "rounding"]
+    lines = [acting(args, M, options.seconds) for M in options.critics if M > 1]
+    text += f"\n## Evaluation\n\n{table(heads, lines)}\n"
+    text += f"\n## Where an update's time goes\n\n{parts(args, data)}\n"
     if options.growth:
         text += f"\n## How the cost of an update grows\n\n{growth(args, data, options.seconds / 3)}\n"
     print("\n".join(["", text, *bench]))
