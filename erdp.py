@@ -15,7 +15,6 @@ import copy
 import csv
 import dataclasses
 import functools
-import importlib.metadata
 import io
 import json
 import logging
@@ -52,7 +51,7 @@ class Start:
     dataset: str | None = None  # a Minari id or an .hdf5 file in D4RL's layout, in place of the row's own data
     variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
     seed: int = 0  # seeds weights, batches, noise, evaluation and the toy's data
-    device: str = "cpu"  # cpu, cuda or cuda:N
+    device: str = "cpu"  # cpu, cuda or cuda:N (where there is a GPU, the default is cuda, with --compile and TF32)
     run_dir: str | None = None  # the run's folder (None: runs/<env or data set>__<variant>__<seed>)
     resume: bool = False  # go on from the run folder's checkpoint
     eval_only: str | None = None  # a policy.pt or checkpoint.pt to be evaluated; nothing is trained or written
@@ -720,9 +719,7 @@ ROBOTS = {
     "hopper": ("Hopper-v4", 1000, -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1000, 1.629008, 4592.3),
 }
-step = np.linspace(-1, 1, 2001)
-best_return = np.max(ToyEnv.reward(step)[:, None] + ToyEnv.reward(step[:, None] + step))
-ROWS = {"toy": Row("toy", "toy-5", "erdp:ToyEnv", 2, 0.0, float(best_return))}
+ROWS = {"toy": Row("toy", "toy-5", "erdp:ToyEnv", 2, 0.0, 6.000080130594786)}  # 100: the best two of 2,001 steps each
 for level in ("medium", "medium-replay", "medium-expert"):
     for robot, rule in ROBOTS.items():
         ROWS[f"{robot}-{level}-v2"] = Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *rule)
@@ -756,16 +753,15 @@ def check_settings(args: Args):
     """Raises ValueError where a setting, or two together, cannot be used on any machine."""
     released, T = args.variant == "released", args.num_diffusion_steps
     least = dict(num_diffusion_steps=2 + released, seed=0, ema_start=0)  # the released entropy term needs t = 2 < T
+    least |= dict(lr=1e-12, critic_lr=1e-12, grad_norm=1e-12)
     most = dict(q_time=T, discount=1, target_rate=1, ema_rate=1)
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, int | float):
             low = least.get(name, 1 if field.type.startswith("int") else 0)
-            high = most.get(name, math.inf)
-            positive = value > 0 or name not in ("lr", "critic_lr", "grad_norm")
-            if not (low <= value <= high and value < math.inf and positive):
-                words = f"from {low} to {high}" if positive else "more than 0"
-                raise ValueError(f"--{name.replace('_', '-')} is {value} but must be {words}")
+            high = most.get(name, 1e12)
+            if not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} is {value} but must be from {low} to {high:g}")
     if args.precision == "tf32" and args.device == "cpu":
         raise ValueError("--precision tf32 is CUDA's: give float32 or bf16 with --device cpu")
     if args.variant == "debruijn" and args.loss == "likelihood":
@@ -864,8 +860,7 @@ def read_data(args: Args):
     import minari
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
-    folder = Path(os.path.expanduser(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = minari.storage.get_dataset_path()
     lock = filelock.FileLock(folder / ".erdp.lock") if os.access(folder, os.W_OK) else contextlib.nullcontext()
     with lock:  # of many that start at once, one downloads and the others wait
         problem = f"{name} is in {folder}, but damaged or cut off: delete it there"
@@ -912,11 +907,13 @@ def make_env(args: Args, data=None) -> gym.Env:
     if name is None and recorded is None:
         raise ValueError("it names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
     with refusing(f"the environment {name or recorded.id} cannot be made", Exception):
+        options = dict(disable_env_checker=True, max_episode_steps=row.max_steps, **domain.env)
         if name is None:
-            name = data.recover_environment(eval_env=True).spec
+            env = data.recover_environment(eval_env=True, **options)
         elif re.search(r":\w+$", name):  # module:Class
-            name = EnvSpec(f"{name.rpartition(':')[2]}-v0", entry_point=name)
-        env = gym.make(name, disable_env_checker=True, max_episode_steps=row.max_steps, **domain.env)
+            env = gym.make(EnvSpec(f"{name.rpartition(':')[2]}-v0", entry_point=name), **options)
+        else:
+            env = gym.make(name, **options)
     if domain.goal_ends and data is not None:
         env = gym.make(env.spec, disable_env_checker=True, maze_map=same_walls(env.spec, recorded))
     return env
@@ -957,22 +954,22 @@ def layout(space: gym.Space):
     return list(space.shape)
 
 
-def size(parts) -> int:
-    """The number of values that observations of the layout `parts` are flattened to."""
-    return sum(map(size, parts.values())) if isinstance(parts, dict) else math.prod(parts)
+def size(shapes) -> int:
+    """The number of values that observations of the layout `shapes` are flattened to."""
+    return sum(map(size, shapes.values())) if isinstance(shapes, dict) else math.prod(shapes)
 
 
-def flatten(parts, observation) -> np.ndarray:
-    """Observations (..., *shape), or nested dicts of them, as (..., S) float32 in the order of the layout `parts`."""
-    if isinstance(parts, dict):
-        if not isinstance(observation, dict) or not parts.keys() <= observation.keys():
-            raise ValueError(f"an observation lacks the parts {', '.join(parts)}")
-        flat = [flatten(part, observation[key]) for key, part in parts.items()]
+def flatten(shapes, observation) -> np.ndarray:
+    """Observations (..., *shape), or nested dicts of them, as (..., S) float32 in the order of the layout `shapes`."""
+    if isinstance(shapes, dict):
+        if not isinstance(observation, dict) or not shapes.keys() <= observation.keys():
+            raise ValueError(f"an observation lacks the parts {', '.join(shapes)}")
+        flat = [flatten(part, observation[key]) for key, part in shapes.items()]
         return np.concatenate(flat, -1)
     if isinstance(observation, dict):
-        raise ValueError(f"an observation has the parts {', '.join(observation)}, but is to be of the shape {parts}")
+        raise ValueError(f"an observation has the parts {', '.join(observation)}, but is to be of the shape {shapes}")
     array = np.asarray(observation, np.float32)
-    leading = array.shape[: array.ndim - len(parts)]
+    leading = array.shape[: array.ndim - len(shapes)]
     return array.reshape(*leading, -1)
 
 
@@ -1029,32 +1026,33 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     if recorded := getattr(data, "env_spec", None):
         say_differences(recorded, spec)
     state_dim, shape = size(about["layout"]), np.shape(about["low"])
-    low, high = np.reshape([about["low"], about["high"]], (2, -1))  # (A,) each
-    parts, rewards, ended = [], [], []
+    episodes, rewards, ended = [], [], []
     for number, episode in enumerate(tqdm(data, "reading episodes", delay=3, leave=False, disable=None)):
         state = flatten(about["layout"], episode.observations)
         columns = episode.actions, episode.rewards, episode.terminations, episode.truncations
         action, reward, terminal, truncated = (np.array(column, float) for column in columns)
         n = len(reward)
         found = state.shape, action.shape, reward.shape, terminal.shape
-        wanted = [((states, state_dim), (n, *shape), (n,), (n,)) for states in (n + 1, n)]
-        if found not in wanted:
+        wanted = (n + 1, state_dim), (n, *shape), (n,), (n,)
+        if found not in (wanted, ((n, state_dim), *wanted[1:])):
             names = "observations, actions, rewards and terminations"
-            raise ValueError(f"the {names} of episode {number} are {found}, not {wanted[0]} as in {spec.id}")
-        ended.append(bool(terminal[-1:].any() or truncated[-1:].any()))
+            raise ValueError(f"the {names} of episode {number} are {found}, not {wanted} as in {spec.id}")
+        ended.append(terminal[-1:].any() or truncated[-1:].any())
         if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
+        steps = slice(min(n, len(state) - 1))  # those whose next state is known
+        episodes.append(Batch(state[steps], action[steps], reward[steps], state[1:][steps], terminal[steps]))
         over = [step for step in range(1, n) if domain.over(state[step])]
-        rewards.append(reward[: min(over, default=n)])  # none after a state in which D4RL ends the episode
-        n = min(n, len(state) - 1)
-        parts.append(Batch(state[:n], action[:n].reshape(n, low.size), reward[:n], state[1 : n + 1], terminal[:n]))
-    if not any(len(part.reward) for part in parts):
+        rewards.append(reward[: min(over, default=n)])  # in the data's own return, none after D4RL's end of an episode
+    if not any(len(episode.reward) for episode in episodes):
         raise ValueError("it holds no transition")
-    batch = Batch(*map(np.concatenate, zip(*parts)))
+    batch = Batch(*map(np.concatenate, zip(*episodes)))
+    low, high = np.array([about["low"], about["high"]])  # in an action's shape, as the data have them until here
     action = 2 * (batch.action - low) / (high - low) - 1
+    action = action.reshape(len(action), low.size)
     if outside := (np.abs(action) > 1 + 1e-3).any(1).sum():
-        most = np.maximum(low - batch.action, batch.action - high).max()
+        most = max((low - batch.action).max(), (batch.action - high).max())
         problem = f"{outside} of its {len(action)} actions are outside the bounds of {spec.id}, by up to {most:.4g}"
         raise ValueError(f"{problem}: clip them in the data, if they are meant to be there")
     batch = batch._replace(action=action.clip(-1, 1), reward=domain.reward(batch.reward))
@@ -1106,24 +1104,22 @@ class Actor:
         state = np.asarray(observation, np.float32)
         if state.ndim not in (1, 2) or state.shape[-1] != size(self.layout):
             raise ValueError(f"states have {size(self.layout)} numbers here, but these are of shape {state.shape}")
-        if alone := state.ndim == 1:
-            state = state[None]
         agent, args = self.agent, self.agent.args
         device = agent.sde.theta_bar.device
         T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
         generator = generator or np.random.default_rng()
-        streams = generator if isinstance(generator, list) else [generator] * len(state)
+        states = torch.as_tensor(np.atleast_2d(state), device=device)
+        streams = generator if isinstance(generator, list) else [generator] * len(states)
         noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
         noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
         u = [[stream.random() if C > 1 else 0.0] for stream in streams]
         u = torch.tensor(u, dtype=torch.float64, device=device)
-        state = torch.as_tensor(state, device=device)
-        action = agent.compiled(act)(agent.policy, agent.critics_target, agent.sde, state, noise, u, args)  # (N, A)
+        action = agent.compiled(act)(agent.policy, agent.critics_target, agent.sde, states, noise, u, args)  # (N, A)
         action = action.double().cpu().numpy().reshape(-1, *self.low.shape)
         low, high = self.low.astype(float), self.high.astype(float)
         action = low + (action + 1) / 2 * (high - low)
         action = action.clip(low, high).astype(self.low.dtype)
-        return action[0] if alone else action
+        return action[0] if state.ndim == 1 else action
 
 
 class OneEpisode(gym.Wrapper):
@@ -1182,8 +1178,8 @@ def playing(task: Task, episodes: int):
         time.sleep(1)  # a scheduler's signal to all processes may reach this one last
         if all(process.is_alive() for process in getattr(envs, "processes", ())):
             raise  # of another pipe
-        advice = "what was saved before it stands, and --resume goes on from there"
-        raise UserError(f"a process of the evaluation has died, most often for want of memory: {advice}") from error
+        problem = "a process of the evaluation has died, most often for want of memory"
+        raise UserError(f"{problem}: --resume goes on from what was saved before it") from error
     finally:
         envs.closed = True
         for process in getattr(envs, "processes", ()):
@@ -1227,12 +1223,16 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
 
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
-    row = {}
-    for name, values in (("return", result["return"]), ("score", task.score(result["return"]))):
-        row |= {f"{name}_mean": float(values.mean()), f"{name}_std": float(values.std())}
+    returns, scores = result["return"], task.score(result["return"])
     success = float(result["success"].mean())
-    row["success"] = None if math.isnan(success) else success  # None: the environment has none
-    return row | dict(length=float(result["length"].mean()))
+    return dict(
+        return_mean=float(returns.mean()),
+        return_std=float(returns.std()),
+        score_mean=float(scores.mean()),
+        score_std=float(scores.std()),
+        success=None if math.isnan(success) else success,  # None: the environment has none
+        length=float(result["length"].mean()),
+    )
 
 
 def in_words(row: dict) -> str:
@@ -1246,9 +1246,8 @@ def in_words(row: dict) -> str:
 
 FORMAT = 3  # of the files below
 ACTING = "policy", "critics_target"  # what a policy.pt has of an agent
-SAVE_EVERY = 600  # seconds of updates between two checkpoints at the most
+SAVE_EVERY = 600  # seconds between two checkpoints at the most, but for an evaluation that takes longer
 LOG_EVERY = 100  # updates between two readings of the losses
-SPEAK_EVERY = 300  # seconds between two lines in a log file
 
 
 def run_folder(args: Args) -> Path:
@@ -1260,14 +1259,14 @@ def run_folder(args: Args) -> Path:
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "w"):
     """Opens another file, which takes the name `path` when it is written, so that `path` is whole or as it was."""
-    part = path.with_name(".part-" + path.name)
+    unfinished = path.with_name(".part-" + path.name)
     with refusing(f"{path} cannot be written, and is as it was: make room, then --resume", RuntimeError):
         try:
-            with open(part, mode) as file:
+            with open(unfinished, mode) as file:
                 yield file
-            part.replace(path)
+            unfinished.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def load_file(path) -> dict:
@@ -1276,7 +1275,7 @@ def load_file(path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError("another version of this program made it, which can read it")
-        return saved | dict(args=Args(**saved["args"]), task=Task(**saved["task"]))
+        return saved | dict(args=Args(**saved["args"]), task=Task(**saved["task"]), agent=saved["agent"])
 
 
 def load_policy(path, device="cpu", candidates: int | None = None, compile: bool = False) -> Actor:
@@ -1284,10 +1283,9 @@ def load_policy(path, device="cpu", candidates: int | None = None, compile: bool
     saved = load_file(path)
     args, task = saved["args"], saved["task"]
     args = dataclasses.replace(args, compile=compile, eval_candidates=candidates or args.eval_candidates)
-    with refusing(f"{path} is damaged", RuntimeError, KeyError, TypeError):
-        agent = Agent(size(task.layout), np.size(task.low), args, device)
-        for part in ACTING:
-            getattr(agent, part).load_state_dict(saved["agent"][part])
+    agent = Agent(size(task.layout), np.size(task.low), args, device)
+    for name in ACTING:
+        getattr(agent, name).load_state_dict(saved["agent"][name])
     return Actor(agent, task.layout, task.low, task.high, task.dtype)
 
 
@@ -1295,17 +1293,14 @@ def load_policy(path, device="cpu", candidates: int | None = None, compile: bool
 def interruptible():
     """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates; a second one ends the program.
 
-    The signal may have reached a compiler or a worker too: an exception that follows from it is dropped.
+    The signal may have reached a compiler or a worker too: an exception that follows from it ends the program in peace.
     """
     stops = []
 
     def stop(number, _):
+        if stops:
+            raise KeyboardInterrupt
         stops.append(number)
-        restore()
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1313,8 +1308,11 @@ def interruptible():
     except Exception:
         if not stops:
             raise
+        say("stopped within a step: --resume goes on from what was saved before it")
+        sys.exit(128 + stops[0])
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Run:
@@ -1334,7 +1332,7 @@ class Run:
         self.totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)  # the last: of so many updates
         self.step = 0
         self.evaluations = []  # the lines of metrics.csv
-        self.began = time.monotonic()
+        self.began = self.saved = time.monotonic()
 
     def learn(self):
         """One update on `rows` and `noise`, all of it on the device."""
@@ -1354,10 +1352,10 @@ class Run:
             raise FloatingPointError(f"a loss is NaN or infinite at or just before update {self.step}: {good}")
         return dict(zip(METRICS, losses))
 
-    def due(self) -> bool:
+    def evaluation_due(self) -> bool:
         """Whether the policy of this step is to be evaluated and has not been."""
         evaluated = self.evaluations[-1]["step"] if self.evaluations else 0
-        at_end = self.step == self.args.num_steps
+        at_end = self.step >= self.args.num_steps
         return self.step > evaluated and (at_end or self.step % self.args.eval_every == 0)
 
     def write(self, name: str, **content):
@@ -1376,6 +1374,7 @@ class Run:
             generator=self.generator.get_state(),
             agent=self.agent.state_dict(),
         )
+        self.saved = time.monotonic()
 
     def restore(self):
         """Takes up the checkpoint. Raises UserError where it is damaged, or of other data or another kind of device."""
@@ -1386,26 +1385,21 @@ class Run:
         there = saved["args"].device
         if torch.device(there).type != self.generator.device.type:
             raise UserError(f"{path} was made on {there}, and goes on there alone; --eval-only evaluates it anywhere")
-        with refusing(f"{path} is damaged", RuntimeError, KeyError, TypeError):
+        with refusing(f"{path} is no checkpoint, or damaged", KeyError, RuntimeError):
             self.agent.load_state_dict(saved["agent"])
             self.generator.set_state(saved["generator"])
             self.totals.copy_(saved["totals"])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
             self.began -= saved["seconds"]
-        if self.step > self.args.num_steps:
-            raise UserError(f"{self.folder} is at update {self.step} already, past --num-steps {self.args.num_steps}")
 
     def describe(self):
         """Writes config.json, and says what is learned from and where."""
         args, task = self.args, self.task
-        packages = "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari"
-        versions = dict(torch=torch.__version__, python=sys.version.split()[0])  # torch with its build, as +cu130
-        for name in packages:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the toy needs two of them
-                versions[name] = importlib.metadata.version(name)
-        threads = torch.get_num_threads()
-        device = f"CPU ({threads} thread{'s' * (threads > 1)})"
-        if args.device.startswith("cuda"):
+        packages = "torch", "numpy", "gymnasium", "gymnasium_robotics", "mujoco", "minari"
+        versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
+        versions["python"] = sys.version.split()[0]
+        device = f"CPU (threads: {torch.get_num_threads()})"
+        if args.device != "cpu":
             device = torch.cuda.get_device_name(args.device)
         score = task.score(task.data_return)
         about = dict(data_score=score, device_name=device, versions=versions)
@@ -1427,7 +1421,7 @@ class Run:
             table = csv.DictWriter(file, row, lineterminator="\n")
             table.writeheader()
             table.writerows(self.evaluations)
-        weights = {part: getattr(self.agent, part).state_dict() for part in ACTING}
+        weights = {name: getattr(self.agent, name).state_dict() for name in ACTING}
         for name in ["policy.pt"] + ["policy-best.pt"] * best:
             self.write(name, agent=weights)
         self.save()
@@ -1445,14 +1439,10 @@ class Run:
         say(f"{words}; see {self.folder}")
 
 
-def is_finished(folder: Path, args: Args) -> bool:
-    """Whether the run in `folder` has had all its updates. Raises UserError where a new run would meet another."""
-    checkpoint, result = folder / "checkpoint.pt", folder / "result.json"
+def refuse_another(folder: Path, args: Args):
+    """Raises UserError where a new run would meet another one in its folder."""
     if any(folder.glob("[!.]*")) and not args.resume:
-        if checkpoint.exists():
-            same_run(load_file(checkpoint)["args"], args, f"{folder} has another run,")
         raise UserError(f"the run folder {folder} exists: --resume goes on with it, --run-dir names another")
-    return result.exists() and json.loads(result.read_text())["steps"] >= args.num_steps
 
 
 def train(args: Args) -> int:
@@ -1460,18 +1450,19 @@ def train(args: Args) -> int:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run_folder(args)
-    if is_finished(folder, args):
+    result = folder / "result.json"
+    refuse_another(folder, args)
+    if result.exists() and json.loads(result.read_text())["steps"] >= args.num_steps:
         say(f"{folder} is finished")
         return 0
     with refusing(f"{args.dataset or args.env} cannot be learned from"):
         task, data = load_data(args)
-    with contextlib.ExitStack() as ends:
-        stops = ends.enter_context(interruptible())
-        envs = ends.enter_context(playing(task, args.eval_episodes))  # forked before there are threads, locks or GPUs
+    with contextlib.ExitStack() as stack:
+        envs = stack.enter_context(playing(task, args.eval_episodes))  # forked before there are threads, locks or GPUs
         with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
             folder.mkdir(parents=True, exist_ok=True)
-            ends.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
-        is_finished(folder, args)  # asked again, as another process may have begun it meanwhile
+            stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
+        refuse_another(folder, args)  # which another process may have begun meanwhile
         use_device(args)
         if args.compile:
             say("compiling, which takes half a minute or more")
@@ -1481,48 +1472,44 @@ def train(args: Args) -> int:
             run = Run(args, task, data, folder)
         if (folder / "checkpoint.pt").exists():
             run.restore()
-        (folder / "result.json").unlink(missing_ok=True)  # of a finished run that now goes on
+        result.unlink(missing_ok=True)  # of a finished run that now goes on
         run.save()  # from here on, --resume works whenever the run is cut off
         run.describe()
-        writer = ends.enter_context(SummaryWriter(str(folder), purge_step=run.step + 1))
-        bar = ends.enter_context(tqdm(total=args.num_steps, initial=run.step, unit=" updates", disable=None))
-        learn = Captured(run.learn) if args.device.startswith("cuda") else run.learn
-        saved = spoke = time.monotonic()
-        while True:
-            if run.due() and not stops:
-                result = evaluate(run.actor, envs, args.eval_episodes, args.seed, stops)
-                if result is not None:
-                    row = run.record(result)
-                    writer.add_scalar("score", row["score_mean"], run.step)
-                    say(f"update {run.step}: {in_words(row)}")
-            if stops or run.step == args.num_steps:
-                break
-            run.rows.random_(0, len(data.reward), generator=run.generator)
-            sample_noise(run.noise, run.generator)
-            learn()
-            run.step += 1
-            bar.update()
-            if stops or run.due() or run.step % LOG_EVERY == 0:
-                losses = run.losses()
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", value, run.step)
-                words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
-                bar.set_postfix_str(words)
-                now = time.monotonic()
-                if bar.disable and now - spoke > SPEAK_EVERY:  # the output is a log file
-                    say(f"update {run.step}: {words}")
-                    spoke = now
-                if run.due() or now - saved > SAVE_EVERY:
-                    run.save()
-                    saved = now
+        writer = stack.enter_context(SummaryWriter(str(folder), purge_step=run.step + 1))
+        bar = stack.enter_context(tqdm(total=args.num_steps, initial=run.step, unit=" updates", disable=None))
+        learn = run.learn if args.device == "cpu" else Captured(run.learn)
+        with interruptible() as stops:
+            while True:
+                if run.evaluation_due() and not stops:
+                    played = evaluate(run.actor, envs, args.eval_episodes, args.seed, stops)
+                    if played is not None:
+                        row = run.record(played)
+                        writer.add_scalar("score", row["score_mean"], run.step)
+                        say(f"update {run.step}: {in_words(row)}")
+                if stops or run.step >= args.num_steps:
+                    break
+                run.rows.random_(0, len(data.reward), generator=run.generator)
+                sample_noise(run.noise, run.generator)
+                learn()
+                run.step += 1
+                bar.update()
+                if stops or run.evaluation_due() or run.step % LOG_EVERY == 0:
+                    losses = run.losses()
+                    for name, value in losses.items():
+                        writer.add_scalar(f"losses/{name}", value, run.step)
+                    words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
+                    bar.set_postfix_str(words)
+                    if run.evaluation_due():
+                        run.save()
+                    elif time.monotonic() - run.saved > SAVE_EVERY:
+                        run.save()
+                        say(f"update {run.step}: {words}")  # for who reads a log file
         if stops:
             run.save()
             say(f"stopped at update {run.step}: --resume goes on from there")
             return 128 + stops[0]
         run.finish()
         return 0
-    say("stopped within a step: --resume goes on from what was saved before it")
-    return 128 + stops[0]
 
 
 def draw_curve(file, run: Run):
@@ -1532,8 +1519,8 @@ def draw_curve(file, run: Run):
     task, toy = run.task, run.task.domain == "toy"
     figure = Figure(figsize=(16 if toy else 6, 4), layout="tight")
     curve, *others = figure.subplots(1, 3 if toy else 1, squeeze=False)[0]
-    step, mean, std = zip(*([row[name] for name in ("step", "score_mean", "score_std")] for row in run.evaluations))
-    curve.errorbar(step, mean, std, marker="o", capsize=3, label="the policy, ± deviation over episodes")
+    points = ([row[name] for row in run.evaluations] for name in ("step", "score_mean", "score_std"))
+    curve.errorbar(*points, marker="o", capsize=3, label="the policy, ± deviation over episodes")
     curve.axhline(task.score(task.data_return), color="gray", linestyle=":", label="the data's own episodes")
     curve.set(xlabel="updates", ylabel="score", title=f"{task.dataset_id}, {run.args.variant}, seed {run.args.seed}")
     curve.legend()
@@ -1579,7 +1566,7 @@ def parse(argv: list[str]) -> Args:
     nothing = Start(env="own", device="")
     start, _ = tyro.cli(Start, args=words, default=nothing, prog="erdp.py", return_unknown_args=True)
     named = start.env != "own" or start.dataset
-    if start.env == "own" and re.fullmatch(r"toy-\d+", start.dataset or "toy-5"):
+    if start.env == "own" and (start.dataset is None or re.fullmatch(r"toy-\d+", start.dataset)):
         start.env = "toy"
     default = preset(start.env, start.variant, start.device)
     path = Path(start.eval_only or run_folder(start) / "checkpoint.pt")
@@ -1619,7 +1606,7 @@ def evaluate_only(args: Args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program and returns its exit status (`--help` and mistyped settings raise SystemExit)."""
+    """Runs the program and returns its exit status (--help, mistyped settings, a stop within a step: SystemExit)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         count = torch.cuda.device_count()
