@@ -314,7 +314,7 @@ class Batch(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """All that is random in one update, drawn outside it, so that an update is a function of its arguments."""
+    """All that is random in one update, drawn before it by `sample_noise`: an update is a function of its arguments."""
 
     t: torch.Tensor  # (B,) diffusion times, uniform on 1..T
     eps: torch.Tensor  # (B, A) noise of Eq. 4
@@ -557,22 +557,6 @@ def soft_update(target: nn.Module, source: nn.Module, rate):
         old.lerp_(new, rate if isinstance(rate, float) else rate.to(old.dtype))
 
 
-# ######################################################################################################################
-# The paper's mathematics ends here. Below: its tables of settings and rows, data, evaluation, training, command line.
-# ######################################################################################################################
-
-# ==== 7. Speed: for the compiler, and for one CUDA graph an update ====================================================
-
-
-def mish(x):
-    """x tanh(softplus(x)); for the compiler x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
-    if not torch.compiler.is_compiling():
-        return F.mish(x)
-    e = x.clamp(max=20).exp()  # beyond 20 the quotient is 1 to float64's precision
-    n = e * (e + 2)
-    return x * (n / (n + 2))
-
-
 def noise_buffers(args: Args, action_dim: int, device) -> Noise:
     """The tensors that `sample_noise` fills."""
     B, T = args.batch_size, args.num_diffusion_steps
@@ -588,6 +572,22 @@ def sample_noise(noise: Noise, generator: torch.Generator):
     noise.t.random_(1, len(noise.next_action) + 1, generator=generator)
     for gaussian in (noise.eps, noise.a_T, noise.next_action):
         gaussian.normal_(generator=generator)
+
+
+# ######################################################################################################################
+# The paper's mathematics ends here. Below: its tables of settings and rows, data, evaluation, training, command line.
+# ######################################################################################################################
+
+# ==== 7. Speed: for the compiler, and for one CUDA graph an update ====================================================
+
+
+def mish(x):
+    """x tanh(softplus(x)); for the compiler x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
+    e = x.clamp(max=20).exp()  # beyond 20 the quotient is 1 to float64's precision
+    n = e * (e + 2)
+    return x * (n / (n + 2))
 
 
 class Captured:
