@@ -1212,13 +1212,12 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
                 state, _, _, _, info = envs.step(actions)
                 bar.update(int((alive & info["ended"]).sum()))
                 alive &= ~info["ended"]
-            unstable = (wave < episodes) & ~np.isfinite(info["return"])
-            if unstable.any():
-                problem = f"the episode of seed {seeds[unstable.argmax()]} has a return of NaN or infinity"
-                raise FloatingPointError(f"{problem}: its environment is unstable; the checkpoint before it stands")
             played.append([info["return"], info["success"], info["length"]])
-    columns = np.concatenate(played, 1)[:, :episodes]
-    return dict(zip(("return", "success", "length"), columns))
+    returns, success, length = np.concatenate(played, 1)[:, :episodes]
+    if not (finite := np.isfinite(returns)).all():
+        problem = f"episode {finite.argmin()} of the evaluation has a return of NaN or infinity"
+        raise FloatingPointError(f"{problem}: its environment is unstable; the checkpoint before it stands")
+    return {"return": returns, "success": success, "length": length}
 
 
 def summary(task: Task, result: dict) -> dict:
@@ -1439,19 +1438,14 @@ class Run:
         say(f"{words}; see {self.folder}")
 
 
-def refuse_another(folder: Path, args: Args):
-    """Raises UserError where a new run would meet another one in its folder."""
-    if any(folder.glob("[!.]*")) and not args.resume:
-        raise UserError(f"the run folder {folder} exists: --resume goes on with it, --run-dir names another")
-
-
 def train(args: Args) -> int:
     """A run of Algorithm 1, from its start or its checkpoint to its end. Returns the exit status."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = run_folder(args)
     result = folder / "result.json"
-    refuse_another(folder, args)
+    if any(folder.glob("[!.]*")) and not args.resume:
+        raise UserError(f"the run folder {folder} exists: --resume goes on with it, --run-dir names another")
     if result.exists() and json.loads(result.read_text())["steps"] >= args.num_steps:
         say(f"{folder} is finished")
         return 0
@@ -1462,7 +1456,6 @@ def train(args: Args) -> int:
         with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
-        refuse_another(folder, args)  # which another process may have begun meanwhile
         use_device(args)
         if args.compile:
             say("compiling, which takes half a minute or more")
