@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch.utils._pytree import tree_leaves
 
 try:
@@ -163,6 +164,29 @@ def tests(check: Check) -> bool:
     good = status == 0 and (check.rehearse or "skipped" not in last)
     print(last if good else ending(said))
     return good
+
+
+def recompiling(check: Check) -> bool:
+    """What is compiled must be compiled once."""
+    step, agent = learner(check.settings(compile=True), "compiled")
+    play, states = actor(agent), np.zeros((32, STATES))
+    step()
+    play(states)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(6):
+            step()
+        play(states)
+        step()
+        try:
+            play(states[:4])
+            seen = False
+        except torch._dynamo.exc.RecompileError:
+            seen = True
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    other = "does" if seen else "does NOT, either"
+    print("After one update and one call of the Actor seven more updates, and another call between them, compile")
+    print(f"nothing anew; graph breaks: {breaks}. For another number of states the Actor {other}.")
+    return seen and not breaks
 
 
 def agreement(check: Check) -> bool:
@@ -360,9 +384,9 @@ def memory(check: Check) -> bool:
     return True
 
 
-ALL = machine, tests, agreement, precision, resuming, repeating, workers, memory_full, eval_only, speed, acting, memory
-PARTS = {part.__name__.replace("_", "-"): part for part in ALL}
-ALONE = "speed", "acting", "memory"
+TOGETHER = machine, tests, recompiling, agreement, precision, resuming, repeating, workers, memory_full, eval_only
+ALONE = speed, acting, memory
+PARTS = {part.__name__.replace("_", "-"): part for part in TOGETHER + ALONE}
 NOT_REACHED = "not reached", ""
 NOT_REHEARSED = "memory-full", "memory"
 
@@ -414,7 +438,7 @@ def check_all(names, run, write) -> dict[str, tuple[str, str]]:
     with concurrent.futures.ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
         list(pool.map(check, [name for name in names if name not in ALONE]))  # raises what they raise
     for name in names:
-        if name in ALONE:
+        if PARTS[name] in ALONE:
             check(name)
     return results
 

@@ -104,13 +104,16 @@ def block(code: str, page: str, source: str) -> str:
 
 def index(page: str) -> str:
     """The table equation -> function -> test."""
+
+    def cell(found):
+        return "<br>".join(f"`{name}`" for name in dict.fromkeys(found))
+
     rows = ["| paper | in `erdp.py` | in `test_erdp.py` |", "| --- | --- | --- |"]
     for heading, text in parts(page).items():
         anchor = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         words = re.search(r"^\*\*(.+)\.\*\*$", text, re.M)[1]
         functions = [name.replace("MeanRevertingSDE.", ".") for code in codes(text) for name in names(code)]
-        columns = ("<br>".join(f"`{name}`" for name in dict.fromkeys(column)) for column in (functions, tests(text)))
-        rows.append(f"| [{heading}](#{anchor}): {words} | {' | '.join(columns)} |")
+        rows.append(f"| [{heading}](#{anchor}): {words} | {cell(functions)} | {cell(tests(text))} |")
     return "\n".join(rows) + "\n"
 
 
