@@ -384,36 +384,43 @@ def test_diagnosis_returns_to_go_are_those_of_each_episode():
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_diagnosis_terms_add_up_to_eq15_and_are_those_of_each_time(variant):
+def test_diagnosis_q_term_is_eq12_at_every_time_also_where_training_left_it_out(variant):
     torch.manual_seed(0)
-    args = dataclasses.replace(erdp.preset("toy", device="cpu"), variant=variant)
+    args = dataclasses.replace(erdp.preset("toy", device="cpu"), variant=variant, q_time=1)
     agent, data = erdp.Agent(2, 1, args), erdp.load_data(args)[1]
-    terms = diagnose.loss_terms(agent, data, 3)
-    parts = [terms[name][0] for name in ("diffusion loss", "-lambda Q", "entropy term")]
-    assert sum(parts) == pytest.approx(terms["all of Eq. 15"][0], abs=1e-5) and min(map(abs, parts)) > 0
     batch, noise = next(diagnose.batches(data, args, 1))
-    inside, q, diffusion = diagnose.at_time(agent, batch, noise, 2)
     noise.t.fill_(2)
-    q_data, gradients = agent.critics(batch.state, batch.action).detach(), []
-    for eta in (args.eta, 0.0):
-        settings = dataclasses.replace(args, eta=eta, entropy_coef=0.0)
-        terms = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q_data, settings)
-        gradients.append(diagnose.gradient(terms["policy_loss"], agent.policy))
-    torch.testing.assert_close(q, gradients[0] - gradients[1], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(diffusion, gradients[1])
-    assert 0 < inside < 1
+    assert diagnose.policy_terms(agent, batch, noise)["-lambda Q"][0] == 0
+    terms = diagnose.policy_terms(agent, batch, noise, q_time=None)
+    x_t = agent.sde.diffuse(batch.action, noise.t, noise.eps)
+    eps_hat = agent.policy(x_t, noise.t, batch.state)
+    q = agent.critics(batch.state, agent.sde.predict_x0(x_t, noise.t, eps_hat).clamp(-1, 1))
+    scale = q if variant == "released" else erdp.lcb(agent.critics(batch.state, batch.action), args.lcb_coef)
+    expected = {
+        "diffusion loss": erdp.LOSSES[args.loss](agent.sde, batch.action, x_t, noise.t, noise.eps, eps_hat),
+        "-lambda Q": -args.eta * erdp.pessimistic_value(q, args).mean() / scale.abs().mean().detach(),
+    }
+    for name, loss in expected.items():
+        value, found = terms[name]
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-4, atol=1e-5)
+        found_by_hand = torch.autograd.grad(loss, list(agent.policy.parameters()), retain_graph=True)
+        torch.testing.assert_close(found, torch.cat([g.ravel() for g in found_by_hand]), rtol=1e-3, atol=1e-4)
 
 
-def test_diagnosis_of_a_run(tmp_path, capsys):
+def test_diagnosis_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diagnose, "BATCHES", 2)
     argv = "--num-steps 20 --eval-every 20 --eval-episodes 2 --device cpu --no-compile --run-dir".split()
     assert erdp.main([*argv, str(tmp_path / "run")]) == 0
-    assert diagnose.main([str(tmp_path / "run")]) == 0
+    diagnose.main([str(tmp_path / "run")])
     text = (tmp_path / "run" / "diagnosis.md").read_text()
     assert (tmp_path / "run" / "diagnosis.png").exists() and "512 transitions" in text
     (inside, *_) = section(text, "By diffusion time")
     assert len(inside) == 6 and 1 >= float(inside[1]) > float(inside[5]) >= 0
+    assert [line[0] for line in section(text, "The terms of Eq. 15, and Eq. 16")][-2:] == ["all of Eq. 15", "Eq. 16"]
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    assert diagnose.main([str(tmp_path / "run")]) == 2 and "not whole" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        diagnose.main([str(tmp_path / "run")])
+    assert stop.value.code == 2 and "not whole" in capsys.readouterr().err
 
 
 # ==== Tools ===========================================================================================================
