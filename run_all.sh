@@ -41,7 +41,6 @@ toy() {
 
 full() {
     toy
-    printf 'figure2\t%q results/figure2.py\n' "$python"
     for seed in {0..4}; do # Tables 1 and 2
         for env in "${rows[@]}"; do run "$env" paper "$seed"; done
     done
@@ -74,9 +73,18 @@ toy-sweep() {
     done
 }
 
+commands() { # the lines of SIZE
+    case $size in
+        full) full ;;
+        quick) quick ;;
+        toy-sweep) toy-sweep ;;
+        *) for seed in {0..4}; do run "$size" paper "$seed"; done ;;
+    esac
+}
+
 die() { echo "run_all.sh: $1" >&2 && exit 2; }
 
-[[ $0 != */* ]] || CDPATH="" cd -- "${0%/*}" || exit 1
+CDPATH="" cd -- "$(dirname -- "$0")" || exit 1
 jobs=1 action=all n=1 number='^[1-9][0-9]{0,5}$' data=""
 [[ ${1:-} != --jobs ]] || { jobs=${2:-} && shift 2; }
 [[ ${1:-} != task ]] || { action=task n=${2:-} && shift 2; }
@@ -86,10 +94,7 @@ size=${1:-full}
 [[ $jobs =~ $number && $n =~ $number ]] || die "--jobs '$jobs' and task '$n' must be numbers from 1 on"
 python=${PYTHON:-python} runs=${RUNS:-runs}
 [[ $size != quick ]] || runs+=/quick
-case $size in
-    full | quick | toy-sweep) mapfile -t lines < <("$size") ;;
-    *) mapfile -t lines < <(for seed in {0..4}; do run "$size" paper "$seed"; done) ;;
-esac
+mapfile -t lines < <(commands)
 [[ $action != list ]] || { printf '%s\n' "${lines[@]#*$'\t'}" && exit; }
 command -v "$python" >/dev/null || die "'$python' is not there: set PYTHON to a Python interpreter"
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -101,13 +106,8 @@ fi
 
 mkdir -p "$runs" || exit 1
 stopped="" status=0
-stop() { # SIGTERM to each run itself, once a signal: at a second one a run ends without saving
-    stopped=1
-    # shellcheck disable=SC2046
-    kill $(jobs -pr) 2>/dev/null
-}
-trap stop INT TERM HUP
-set -m # a run is a process group of its own, which Ctrl-C does not reach but through `stop`
+set -m # each run is a process group of its own, so that Ctrl-C reaches it once, by the trap
+trap 'stopped=1; kill $(jobs -pr) 2>/dev/null' INT TERM HUP
 for line in "${lines[@]}"; do
     while (($(jobs -pr | wc -l) >= jobs)); do wait -n; done
     [[ ! $stopped ]] || break
@@ -119,7 +119,7 @@ while [[ $(jobs -pr) ]]; do wait; done # a signal ends `wait`
 [[ ! $stopped ]] || exit 130
 for line in "${lines[@]}"; do
     name=${line%%$'\t'*}
-    [[ $name != *__* || -e $runs/$name/result.json ]] || { status=1 && echo "$name failed: see $runs/$name.log"; }
+    [[ -e $runs/$name/result.json ]] || { status=1 && echo "$name failed: see $runs/$name.log"; }
 done
 "$python" results/report.py "$runs" || status=1
 exit "$status"

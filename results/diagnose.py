@@ -3,12 +3,27 @@
     python results/diagnose.py RUN_FOLDER                # writes diagnosis.md and diagnosis.png there
     python results/diagnose.py RUN_FOLDER --out FOLDER
 
-It reads the run's checkpoint.pt and the data that the run was trained on.
+It reads the run's checkpoint.pt and the data that the run was trained on. Its tables:
+
+By diffusion time: Eq. 12 takes a^0-hat of Eq. 8 at every time; here all rows are diffused to the time of the column.
+Gradients are in the policy's weights. Norm: of one batch's gradient, mean over batches. Noise: the deviation of one
+batch's gradient from the mean one, divided by the norm of the latter.
+
+Values against the data's return-to-go: of the target ensemble, by which the policy acts, at rows of the data that
+determine their return-to-go, because their episode ends terminal, or where the discount is below 0.05. Rewards are
+scaled as in training. A policy that is better than the data has higher values than it.
+
+What an action is worth: Q at the same states for other actions, and by how much it is above Q of the data's. The mean
+and the deviation over states are of the ensemble's mean; the members' deviation around it is a mean over states.
+
+Actions at the start of an episode: at 64 start states near the first one, on the scale from -1 to 1. Distance: of the
+means; it and the deviation are averages over dimensions.
+
+The terms of Eq. 15, and Eq. 16: means over batches. A term is the difference that its settings make to the loss.
 """
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +35,7 @@ from runs import arm_of, label, without_home
 import erdp
 
 BATCHES = 20  # over which gradients are averaged
+ROWS = 4096  # at which values are compared, at most
 
 
 def load(path: Path):
@@ -40,12 +56,7 @@ def load(path: Path):
 # ==== 1. Gradients ====================================================================================================
 
 
-def gradient(loss, module) -> torch.Tensor:
-    """The gradient of `loss` in the weights of `module`, as one vector."""
-    return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(module.parameters()))])
-
-
-def batches(data, args, count: int = BATCHES):
+def batches(data, args, count: int):
     """That many batches of the data, each with its noise, whose buffers the next one fills; always the same ones."""
     generator, noise = torch.Generator().manual_seed(0), erdp.noise_buffers(args, data.action.shape[1], "cpu")
     rows = torch.empty(args.batch_size, dtype=torch.int64)
@@ -55,62 +66,68 @@ def batches(data, args, count: int = BATCHES):
         yield erdp.Batch(*(column[rows] for column in data)), noise
 
 
-def at_time(agent, batch, noise, t: int):
-    """Of a batch diffused to time t alone: the share of a^0-hat's components inside the bounds, and the gradients (P,)
-    of the Q term, lambda included, and of the diffusion term in the policy's weights."""
-    args, sde, times = agent.args, agent.sde, torch.full_like(noise.t, t)
+def gradient(loss, module) -> torch.Tensor:
+    """The gradient of `loss` in the weights of `module`, as one vector."""
+    return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def policy_terms(agent, batch, noise, **settings) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each term of Eq. 15 and their sum, with these settings: value, and gradient (P,) in the policy's weights."""
     with torch.no_grad():
-        q_data = agent.critics(batch.state, batch.action)
-    x_t = sde.diffuse(batch.action, times, noise.eps)  # Eq. 4
-    eps_hat = agent.policy(x_t, times, batch.state)
-    l_diff = erdp.LOSSES[args.loss](sde, batch.action, x_t, times, noise.eps, eps_hat)
-    diffusion = gradient(l_diff, agent.policy)
-    eps_hat = agent.policy(x_t, times, batch.state)
-    a_0 = sde.predict_x0(x_t, times, eps_hat)  # Eq. 8
-    q = agent.critics(batch.state, a_0.clamp(-1, 1), frozen=True)  # (M, B)
-    size = q if args.variant == "released" else erdp.pessimistic_value(q_data, args)
-    term = -args.eta / size.abs().mean().detach() * erdp.pessimistic_value(q, args).mean()
-    return (a_0.abs() <= 1).float().mean(), gradient(term, agent.policy), diffusion
+        q = agent.critics(batch.state, batch.action)
+    found = []
+    for off in (dict(eta=0.0, entropy_coef=0.0), dict(entropy_coef=0.0), {}):
+        args = dataclasses.replace(agent.args, **settings, **off)
+        loss = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q, args)["policy_loss"]
+        found.append((loss.detach(), gradient(loss, agent.policy)))
+    (a, da), (b, db), (c, dc) = found
+    terms = {"diffusion loss": (a, da), "-lambda Q": (b - a, db - da), "entropy term": (c - b, dc - db)}
+    return terms | {"all of Eq. 15": (c, dc)}
 
 
-def by_time(agent, data, count: int = BATCHES) -> dict[str, list[str]]:
-    """The table by diffusion time: a line for each measure, over t = 1..T."""
+def critic_term(agent, batch, noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 16: its value, and its gradient in the critics' weights."""
+    args, next_state = agent.args, batch.next_state.expand(noise.next_action.shape[1], -1, -1)
+    with torch.no_grad():
+        a = erdp.sample_actions(agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised)
+    loss = erdp.critic_loss(agent.critics, agent.critics_target, batch, next_state, a, args)["critic_loss"]
+    return loss.detach(), gradient(loss, agent.critics)
+
+
+def terms_table(agent, data) -> str:
+    """Of each term of Eq. 15, their sum, and Eq. 16."""
+    found = {}
+    for batch, noise in batches(data, agent.args, BATCHES):
+        terms = policy_terms(agent, batch, noise) | {"Eq. 16": critic_term(agent, batch, noise)}
+        for name, (value, g) in terms.items():
+            found.setdefault(name, []).append((value.item(), g.norm().item()))
+    lines = [[name, *(f"{x:.4g}" for x in np.mean(each, 0))] for name, each in found.items()]
+    return table(["term", "value", "gradient norm"], lines)
+
+
+def times_table(agent, data) -> str:
+    """By diffusion time; of the Q term also at times that --q-time leaves out of training."""
     names = "components of a^0-hat inside the bounds", "norm of the Q term's gradient"
     names += "... its noise over batches, divided by its mean", "norm of the diffusion term's gradient"
-    lines = {name: [] for name in names}
+    columns = []
     for t in range(1, agent.sde.num_steps + 1):
-        found = [at_time(agent, batch, noise, t) for batch, noise in batches(data, agent.args, count)]
-        inside, q, diffusion = (torch.stack(column) for column in zip(*found))
-        noise = q.var(0).sum()  # of one batch's gradient
-        mean = q.mean(0).square().sum() - noise / count  # squared, without the noise that is left in it
-        ratio = f"{(noise / mean).sqrt():.2g}" if mean > 0 else "only noise is seen"
-        norms = f"{q.norm(dim=1).mean():.2g}", ratio, f"{diffusion.norm(dim=1).mean():.2g}"
-        for line, value in zip(lines.values(), (f"{inside.mean():.2f}", *norms)):
-            line.append(value)
-    return lines
-
-
-def loss_terms(agent, data, count: int = BATCHES) -> dict[str, tuple[float, float]]:
-    """Each term of Eq. 15, and Eq. 16: its value and the norm of its gradient, means over batches.
-
-    A term is the difference that its settings make to the loss.
-    """
-    args, found = agent.args, []
-    for batch, noise in batches(data, args, count):
-        with torch.no_grad():
-            next_state = batch.next_state.expand(noise.next_action.shape[1], -1, -1)
-            a = erdp.sample_actions(agent.policy_ema, agent.sde, next_state, noise.next_action, args.clip_denoised)
-        critic = erdp.critic_loss(agent.critics, agent.critics_target, batch, next_state, a, args)
-        sums = []
-        for changes in (dict(eta=0.0, entropy_coef=0.0), dict(entropy_coef=0.0), {}):
-            changed, q = dataclasses.replace(args, **changes), critic["q"].detach()
-            loss = erdp.policy_loss(agent.policy, agent.critics, agent.sde, batch, noise, q, changed)["policy_loss"]
-            sums.append((loss.detach(), gradient(loss, agent.policy)))
-        terms = [sums[0], *((a[0] - b[0], a[1] - b[1]) for a, b in zip(sums[1:], sums)), sums[-1]]
-        terms.append((critic["critic_loss"], gradient(critic["critic_loss"], agent.critics)))
-        found.append([(value.item(), g.norm().item()) for value, g in terms])
-    names = "diffusion loss", "-lambda Q", "entropy term", "all of Eq. 15", "Eq. 16"
-    return dict(zip(names, np.mean(found, 0).tolist()))
+        inside, q, diffusion = [], [], []
+        for batch, noise in batches(data, agent.args, BATCHES):
+            noise.t.fill_(t)
+            x_t = agent.sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
+            with torch.no_grad():
+                a_0 = agent.sde.predict_x0(x_t, noise.t, agent.policy(x_t, noise.t, batch.state))  # Eq. 8
+            terms = policy_terms(agent, batch, noise, q_time=None)
+            inside.append((a_0.abs() <= 1).float().mean())
+            q.append(terms["-lambda Q"][1])
+            diffusion.append(terms["diffusion loss"][1].norm())
+        q = torch.stack(q)  # (BATCHES, P)
+        spread = q.var(0).sum()  # of one batch's gradient
+        mean = q.mean(0).square().sum() - spread / BATCHES  # squared, without the noise that is left in it
+        ratio = f"{(spread / mean).sqrt():.2g}" if mean > 0 else "only noise is seen"
+        norms = f"{q.norm(dim=1).mean():.2g}", ratio, f"{np.mean(diffusion):.2g}"
+        columns.append([f"{np.mean(inside):.2f}", *norms])
+    return table(["t", *range(1, len(columns) + 1)], zip(names, *columns))
 
 
 # ==== 2. Values and actions ===========================================================================================
@@ -130,30 +147,54 @@ def returns_to_go(reward, ends, discount: float) -> np.ndarray:
     return value
 
 
+def rows_that_know(data, ends, discount: float) -> np.ndarray:
+    """ROWS rows at most that determine their return-to-go; any, where all episodes are cut off too early for that."""
+    rows = np.arange(len(data.reward))
+    end = ends[np.searchsorted(ends, rows)]
+    known = rows[(data.terminal.numpy()[end] > 0) | (discount ** (end - rows) < 0.05)]
+    return np.random.default_rng(0).permutation(known if len(known) else rows)[:ROWS]
+
+
 @torch.no_grad()
 def target_q(agent, state, action) -> torch.Tensor:
     """Q (M, N) of the target ensemble, by which the policy acts."""
     return torch.cat([agent.critics_target(*pair) for pair in zip(state.split(512), action.split(512))], 1)
 
 
-def values(agent, q) -> dict[str, np.ndarray]:
-    return {"ensemble's mean": q.mean(0).numpy(), "pessimistic value": erdp.pessimistic_value(q, agent.args).numpy()}
+def values_table(agent, q, returns, axis) -> str:
+    """Of the target ensemble's Q (M, N) and returns-to-go (N,), which `axis` shows."""
+    lines = []
+    values = {"ensemble's mean": q.mean(0), "pessimistic value": erdp.pessimistic_value(q, agent.args)}
+    for name, x in values.items():
+        x = x.numpy()
+        axis.plot(returns, x, ".", markersize=2, label=name)
+        share, correlation = f"{(x > returns).mean():.0%}", f"{np.corrcoef(x, returns)[0, 1]:.2f}"
+        lines.append([name, f"{x.mean():.2f}", f"{x.std():.2f}", share, correlation])
+    lines.append(["return-to-go", f"{returns.mean():.2f}", f"{returns.std():.2f}", "", ""])
+    axis.axline((returns.mean(), returns.mean()), slope=1, color="gray")
+    axis.set(xlabel="the data's discounted return-to-go", ylabel="value", title="Values of the data's actions")
+    return table(["what", "mean", "deviation", "above the return-to-go", "correlation with it"], lines)
 
 
-@torch.no_grad()
-def other_actions(agent, state, action) -> dict[str, torch.Tensor]:
-    """Other actions than the data's own for the states of these rows: the policy's, and two that ignore the state."""
+def worth_table(agent, state, action, q) -> str:
+    """Of other actions than the data's, whose Q is given (M, N): the policy's, and two that ignore the state."""
     generator, N, A, T = torch.Generator().manual_seed(0), *action.shape, agent.sde.num_steps
     noise, shuffled = torch.randn(T, N, A, generator=generator), torch.randperm(N, generator=generator)
-    return {
+    others = {
         "the policy's": erdp.sample_actions(agent.policy, agent.sde, state, noise, agent.args.clip_denoised),
         "of another row": action[shuffled],
         "uniform": 2 * torch.rand(N, A, generator=generator) - 1,
     }
+    lines = [["the data's", f"{float(q.mean()):.2f}", "", "", ""]]
+    for name, other in others.items():
+        gain = target_q(agent, state, other.detach()) - q  # (M, N)
+        figures = (q + gain).mean(), gain.mean(), gain.mean(0).std(), gain.std(0, correction=0).mean()
+        lines.append([name, *(f"{float(x):.2f}" for x in figures)])
+    return table(["action", "mean Q", "above the data's", "over states", "over members"], lines)
 
 
-def start_actions(agent, data, starts) -> dict[str, np.ndarray]:
-    """Actions (N, A), in [-1, 1], at the 64 start states nearest to the first: the data's, samples, and as it acts."""
+def starts_table(agent, data, starts, axis) -> str:
+    """Of the actions at start states that the data have, of the policy's samples, and as it acts; `axis` shows them."""
     first, A, own = data.state[starts], data.action.shape[1], agent.args.eval_candidates
     near = ((first - first[0]) / (first.std(0, correction=0) + 1e-6)).square().sum(1).argsort()[:64]
     states, taken = first[near].repeat(4, 1).numpy(), {"the data": data.action[starts][near].numpy()}
@@ -161,7 +202,13 @@ def start_actions(agent, data, starts) -> dict[str, np.ndarray]:
     for name, candidates in {"the policy's samples": 1, "as it acts": own}.items():
         agent.args = dataclasses.replace(agent.args, eval_candidates=candidates)
         taken[name] = actor(states, [np.random.default_rng((0, k)) for k in range(len(states))])
-    return taken
+    lines = []
+    for k, (name, x) in enumerate(taken.items()):
+        axis.errorbar(np.arange(A) + k / 6, x.mean(0), x.std(0), fmt="o", label=name)
+        away = np.abs(x.mean(0) - taken["the data"].mean(0)).mean()
+        lines.append([name, f"{away:.3f}", f"{x.std(0).mean():.3f}", f"{(np.abs(x) > 0.99).mean():.0%}"])
+    axis.set(xlabel="dimension of the action", ylabel="mean ± deviation", title="Actions at the start of an episode")
+    return table(["whose", "distance from the data", "deviation", "at the bounds"], lines)
 
 
 # ==== 3. The page =====================================================================================================
@@ -169,107 +216,44 @@ def start_actions(agent, data, starts) -> dict[str, np.ndarray]:
 
 def diagnosis(folder: Path, out: Path) -> str:
     agent, data, task, step = load(folder / "checkpoint.pt")
-    args, ends, rows = agent.args, episode_ends(data), np.arange(len(data.reward))
-    starts, end = np.append(0, ends[:-1] + 1), ends[np.searchsorted(ends, rows)]
-    returns = returns_to_go(data.reward.numpy(), ends, args.discount)
-    known = rows[(data.terminal.numpy()[end] > 0) | (args.discount ** (end - rows) < 0.05)]
-    note = "rows that determine their return-to-go: their episode ends terminal, or where the discount is below 0.05"
-    if not len(known):
-        known, note = rows, "rows; all episodes are cut off while rewards still count: the return-to-go lacks its tail"
-    some = np.random.default_rng(0).permutation(known)[:4096]
-    true, state, action = returns[some], data.state[some], data.action[some]
-    figure, (scatter, axis, bars) = plt.subplots(1, 3, figsize=(18, 5))
-
-    own, lines = target_q(agent, state, action), []
-    for name, x in values(agent, own).items():
-        scatter.plot(true, x, ".", markersize=2, label=name)
-        share, correlation = f"{(x > true).mean():.0%}", f"{np.corrcoef(x, true)[0, 1]:.2f}"
-        lines.append([name, f"{x.mean():.2f}", f"{x.std():.2f}", share, correlation])
-    lines.append(["return-to-go", f"{true.mean():.2f}", f"{true.std():.2f}", "", ""])
-    scatter.axline((true.mean(), true.mean()), slope=1, color="gray")
-    scatter.set(xlabel="the data's discounted return-to-go", ylabel="value", title="Values of the data's actions")
-
-    compared = [["the data's", f"{float(own.mean()):.2f}", "", "", ""]]
-    for name, other in other_actions(agent, state, action).items():
-        gain = target_q(agent, state, other) - own  # (M, N)
-        figures = (own + gain).mean(), gain.mean(), gain.mean(0).std(), gain.std(0, correction=0).mean()
-        compared.append([name, *(f"{float(x):.2f}" for x in figures)])
-
-    taken, moved = start_actions(agent, data, starts), []
-    for k, (name, x) in enumerate(taken.items()):
-        axis.errorbar(np.arange(x.shape[1]) + k / 6, x.mean(0), x.std(0), fmt="o", label=name)
-        away = np.abs(x.mean(0) - taken["the data"].mean(0)).mean()
-        moved.append([name, f"{away:.3f}", f"{x.std(0).mean():.3f}", f"{(np.abs(x) > 0.99).mean():.0%}"])
-    axis.set(xlabel="dimension of the action", ylabel="mean ± deviation", title="Actions at the start of an episode")
-
-    terms = loss_terms(agent, data)
-    bars.bar(list(terms), [norm for _, norm in terms.values()])
-    bars.set(yscale="log", ylabel="gradient norm before clipping", title="The terms of the losses")
-    for panel in (scatter, axis):
-        panel.legend(fontsize="small")
+    args, ends = agent.args, episode_ends(data)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    rows = rows_that_know(data, ends, args.discount)
+    returns = returns_to_go(data.reward.numpy(), ends, args.discount)[rows]
+    state, action = data.state[rows], data.action[rows]
+    q = target_q(agent, state, action)
+    tables = {
+        "By diffusion time": times_table(agent, data),
+        f"Values against the data's return-to-go, at {len(rows):,} rows": values_table(agent, q, returns, left),
+        "What an action is worth": worth_table(agent, state, action, q),
+        "The terms of Eq. 15, and Eq. 16": terms_table(agent, data),
+        "Actions at the start of an episode": starts_table(agent, data, np.append(0, ends[:-1] + 1), right),
+    }
+    for axis in (left, right):
+        axis.legend(fontsize="small")
     save(figure, out / "diagnosis.png")
-    times = [[name, *line] for name, line in by_time(agent, data).items()]
-    norms = [[name, f"{v:.4g}", f"{norm:.4g}"] for name, (v, norm) in terms.items()]
-    name = without_home(task.dataset_id)
-    unseen = f"This policy was trained without the Q term at the times after {args.q_time}.\n"
-    text = f"""# Diagnosis of {folder.name}
+    about = f"""# Diagnosis of {folder.name}
 
-`python results/diagnose.py runs/{folder.name}`, at update {step:,}. {args.env} on {name}:
-{label(arm_of(vars(args)))}, seed {args.seed}.
-The data: {len(rows):,} transitions, mean score of its episodes {task.score(task.data_return):.1f}.
+{args.env} on {without_home(task.dataset_id)}: {label(arm_of(vars(args)))}, seed {args.seed}, update {step:,}.
+The data: {len(data.reward):,} transitions, mean score of its episodes {task.score(task.data_return):.1f}.
+`python results/diagnose.py --help` tells what the tables have.
 
-## By diffusion time
-
-Eq. 12 takes a^0-hat of Eq. 8 at every time. {BATCHES} batches of {args.batch_size} rows, all diffused to the time of
-the column. Gradients are in the policy's weights. Norm: of one batch's gradient, mean over batches. Noise: the
-deviation of one batch's gradient from the mean one, divided by the norm of the latter.
-{unseen if args.q_time else ""}
-{table(["t", *range(1, agent.sde.num_steps + 1)], times)}
-
-## Values against the data's return-to-go
-
-The target ensemble at {len(some):,} {note}.
-Rewards are scaled as in training. A policy that is better than the data has higher values than it.
-
-{table(["what", "mean", "deviation", "above the return-to-go", "correlation with it"], lines)}
-
-## What an action is worth
-
-Q at the same states for other actions, and by how much it is above Q of the data's: mean and deviation over states of
-the ensemble's mean, and the members' deviation around it, mean over states.
-
-{table(["action", "mean Q", "above the data's", "over states", "over members"], compared)}
-
-## Actions at the start of an episode
-
-At {len(taken["the data"])} start states near the first one, on the scale from -1 to 1. Distance: of the means; it and
-the deviation are averages over dimensions.
-
-{table(["whose", "distance from the data", "deviation", "at the bounds"], moved)}
-
-## The terms of Eq. 15, and Eq. 16
-
-Means over {BATCHES} batches. The policy's gradient and the critics' are clipped at {args.grad_norm:g}.
-
-{table(["term", "value", "gradient norm"], norms)}
-
-![Values, actions, gradients](diagnosis.png)
+![Values, actions](diagnosis.png)
 """
+    text = "\n".join([about, *(f"## {title}\n\n{made}\n" for title, made in tables.items())])
     (out / "diagnosis.md").write_text(text)
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, prog="diagnose")
     parser.add_argument("folder", type=Path, help="a run's folder")
     args = start(parser, argv, out=None)
     try:
         print(diagnosis(args.folder, args.out or args.folder))
     except erdp.UserError as error:
-        print(f"diagnose: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,9 +10,9 @@ own samples, the toy, an earlier version of this script measured.
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import scipy.special
@@ -25,6 +25,7 @@ from pages import fill, save, start, table
 import erdp
 
 VARIANTS = "paper", "released", "debruijn"
+KINDS = "true", "sampler", *(f"estimate, {variant}" for variant in VARIANTS)
 MODE_WIDTH = 0.1
 GAUSSIANS = {f"Gaussian, deviation {width:g}": ([0.0], width) for width in (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)}
 MIXTURES = {f"modes at ±{mode:g}": ([-mode, mode], MODE_WIDTH) for mode in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8)}
@@ -66,12 +67,17 @@ def true_entropy(modes, width) -> float:
 
 def estimates(modes, width) -> list[float]:
     """Of one target: true entropy, that of the sampler's output at T = 5, and the estimate of each variant."""
-    sde, generator = erdp.MeanRevertingSDE(dtype=torch.float64), torch.Generator().manual_seed(0)
+    sde, generator = sde_of(), torch.Generator().manual_seed(0)
     action = torch.as_tensor(quantiles(modes, width, ROWS))[:, None]
     network = predictor(sde, modes, width)
     sample = optimal(network, sde, gaussian(6, ROWS, 1, seed=1))
     terms = [policy_terms(network, sde, action, erdp.Args(variant=v), generator)["entropy"] for v in VARIANTS]
     return [true_entropy(modes, width), scipy.stats.differential_entropy(sample[:, 0]), *map(float, terms)]
+
+
+def estimates_table(estimated: dict) -> str:
+    lines = [[name, *(f"{value:.3f}" for value in values)] for name, values in estimated.items()]
+    return table(["target", *KINDS], lines)
 
 
 def ranks_table(estimated: dict) -> str:
@@ -81,8 +87,7 @@ def ranks_table(estimated: dict) -> str:
         true, *others = np.array([estimated[name] for name in names]).T
         ranks = [f"{scipy.stats.spearmanr(true, x).statistic:.2f}" if np.ptp(true) > 1e-6 else "" for x in others]
         lines.append([group, *ranks, *(f"{np.ptp(x):.3f}" for x in (true, *others))])
-    kinds = "true", "sampler", *(f"estimate, {variant}" for variant in VARIANTS)
-    return table(["targets", *(f"rank: {k}" for k in kinds[1:]), *(f"range: {k}" for k in kinds)], lines)
+    return table(["targets", *(f"rank: {k}" for k in KINDS[1:]), *(f"range: {k}" for k in KINDS)], lines)
 
 
 # ==== (b) What it does to a policy ====================================================================================
@@ -123,12 +128,10 @@ def expected_deviation(variant: str, alpha: float) -> str:
         return ""
     if variant == "paper" and alpha >= 2:
         return "no minimum"
-    sde = erdp.MeanRevertingSDE(dtype=torch.float64)
-    exact = predictor(sde, *TARGET)
+    sde = sde_of()
+    divisor = 1 - alpha / 2 if variant == "paper" else 1.0
     best = widened(sde, TARGET, weights(sde), alpha if variant == "debruijn" else 0.0)
-    if variant == "paper":
-        return f"{closed_form_deviation(optimal, sde, lambda *x: exact(*x) / (1 - alpha / 2)):.3g}"
-    return f"{closed_form_deviation(optimal, sde, best):.3g}"
+    return f"{closed_form_deviation(optimal, sde, lambda *x: best(*x) / divisor):.3g}"
 
 
 def policies_table(spreads: dict) -> str:
@@ -199,60 +202,45 @@ def grids_table() -> str:
     return table(["target", "true", *(f"T = {T}" for T in FINER)], lines)
 
 
-class Spread(NamedTuple):
-    """Of samples in [-1, 1]: entropy of their histogram, standard deviation, share on the bounds."""
+def sampled(network, sde, clip: bool, rows: int = ROWS) -> tuple[float, float, float]:
+    """Entropy of the samples' histogram, their deviation and their share on the bounds.
 
-    entropy: float
-    deviation: float
-    on_bounds: float
-
-
-def sampled(network, sde, clip: bool, rows: int = ROWS) -> Spread:
-    """Of T steps of sampling, x0-hat clipped or not. The finished sample is clamped, as the policy's always is."""
+    Of T steps of sampling, x0-hat clipped or not. The finished sample is clamped, as the policy's always is.
+    """
     noise = gaussian(sde.num_steps, rows, 1, seed=3)
     a = erdp.sample_actions(network, sde, None, noise, clip, clip_sample=True)[:, 0].numpy()
     share = np.histogram(a, BINS, (-1, 1))[0] / rows
     entropy = scipy.special.entr(share).sum() + np.log(2 / BINS)
-    return Spread(entropy, a.std(), (np.abs(a) == 1).mean())
+    return entropy, a.std(), (np.abs(a) == 1).mean()
 
 
-class Widening(NamedTuple):
-    """Over SHOWN: H-hat, and samples with and without clip; the alphas (clip, no clip) of the largest entropy."""
-
-    h_hat: list[float]
-    clipped: list[Spread]
-    free: list[Spread]
-    best: list[float]
-
-
-def widening(target, all_times: bool) -> Widening:
-    sde = sde_of()
-    w, spreads, best = weights(sde, all_times), [], []
-    networks = [widened(sde, target, w, alpha) for alpha in SHOWN]
-    for clip in (True, False):
-        spreads.append([sampled(network, sde, clip) for network in networks])
-        entropies = [sampled(widened(sde, target, w, alpha), sde, clip, ROWS // 5).entropy for alpha in SEARCHED]
-        best.append(float(SEARCHED[np.argmax(entropies)]))
-    return Widening([h_hat(sde, network, target, w) for network in networks], *spreads, best)
-
-
-def widening_tables(widenings: dict) -> tuple[str, str]:
-    lines, best = [], []
-    for names, w in widenings.items():
-        best.append([*names, *(f"{alpha:.2g}" for alpha in w.best)])
-        for alpha, estimate, *both in zip(SHOWN, w.h_hat, w.clipped, w.free, strict=True):
-            cells = [(f"{s.entropy:.2f}", f"{s.deviation:.2f}", f"{s.on_bounds:.1%}") for s in both]
-            lines.append([*names, f"{alpha:g}", f"{estimate:.2f}", *cells[0], *cells[1]])
+def widening_tables() -> tuple[str, str]:
+    """What alpha does to samples, and the alphas up to which their entropy rises."""
+    sde, lines, best = sde_of(), [], []
+    for (name, target), (times, late) in itertools.product(TARGETS.items(), TIMES.items()):
+        w = weights(sde, late)
+        for alpha in SHOWN:
+            network = widened(sde, target, w, alpha)
+            cells = [f"{h_hat(sde, network, target, w):.2f}"]
+            for clip in (True, False):
+                entropy, deviation, on_bounds = sampled(network, sde, clip)
+                cells += [f"{entropy:.2f}", f"{deviation:.2f}", f"{on_bounds:.1%}"]
+            lines.append([name, times, f"{alpha:g}", *cells])
+        largest = []
+        for clip in (True, False):
+            found = [sampled(widened(sde, target, w, alpha), sde, clip, ROWS // 5)[0] for alpha in SEARCHED]
+            largest.append(f"{SEARCHED[np.argmax(found)]:.2g}")
+        best.append([name, times, *largest])
     header = [f"{c}: {m}" for c in ("clipped", "not clipped") for m in ("entropy", "deviation", "on the bounds")]
-    found = table(["target", "times", "alpha", "H-hat", *header], lines)
-    return found, table(["target", "times", "up to, clipped", "up to, not clipped"], best)
+    widening = table(["target", "times", "alpha", "H-hat", *header], lines)
+    return widening, table(["target", "times", "up to, clipped", "up to, not clipped"], best)
 
 
 # ==== The picture and the page ========================================================================================
 
 
-def draw(estimated: dict, spreads: dict, widenings: dict, path: Path):
-    figure, (measured, (made, *panels)) = plt.subplots(2, 3, figsize=(16, 8.6))
+def draw(estimated: dict, spreads: dict, path: Path):
+    figure, (*measured, made) = plt.subplots(1, 4, figsize=(20, 4.4))
     measured[1].sharey(measured[0])
     for panel, column, variant in zip(measured, (2, 3, 4), VARIANTS, strict=True):
         labels = "Gaussians of growing deviation", "two modes moving apart", "one narrow Gaussian moving away from 0"
@@ -270,16 +258,6 @@ def draw(estimated: dict, spreads: dict, widenings: dict, path: Path):
     made.set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
     made.set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) what it makes")
     made.legend()
-    for panel, target in zip(panels, TARGETS, strict=True):
-        for times, colour in zip(TIMES, ("tab:blue", "tab:orange"), strict=True):
-            w, x = widenings[target, times], range(len(SHOWN))
-            panel.plot(x, [s.entropy for s in w.clipped], "o-", color=colour, label=f"{times}, x0-hat clipped")
-            panel.plot(x, [s.entropy for s in w.free], "o--", color=colour, label=f"{times}, x0-hat not clipped")
-            panel.plot(x, w.h_hat, ":", color=colour, label=f"{times}: H-hat")
-        panel.axhline(math.log(2), color="0.6", linewidth=1, label="log 2, uniform")
-        panel.set_xticks(x, [f"{alpha:g}" for alpha in SHOWN])
-        panel.set(ylim=(-3.5, 2.5), xlabel="alpha", ylabel="entropy of samples", title=f"(d) debruijn, {target}")
-        panel.legend(fontsize=7, loc="lower left")
     save(figure, path, dpi=80)
 
 
@@ -287,21 +265,19 @@ def main(argv=None):
     folder = start(argparse.ArgumentParser(description=__doc__), argv).out
     estimated = {name: estimates(*target) for name, target in (GAUSSIANS | MIXTURES | MOVED).items()}
     spreads = {}
-    for variant, alpha in [("none", 0.0), *((variant, alpha) for variant in VARIANTS for alpha in ALPHAS)]:
+    for variant, alpha in [("none", 0.0), *itertools.product(VARIANTS, ALPHAS)]:
         policies = [trained(alpha, variant if alpha else "paper", seed) for seed in SEEDS]
         spreads[variant, alpha] = np.array([spread(p, True) + spread(p, False) for p in policies])
-    widenings = {(name, t): widening(target, late) for name, target in TARGETS.items() for t, late in TIMES.items()}
-    draw(estimated, spreads, widenings, folder / "entropy.png")
-    kinds = "true", "sampler", *(f"estimate, {variant}" for variant in VARIANTS)
-    found, best = widening_tables(widenings)
+    draw(estimated, spreads, folder / "entropy.png")
+    widening, best = widening_tables()
     fill(
         "entropy.md",
         folder,
-        estimates=table(["target", *kinds], [[n, *(f"{x:.3f}" for x in values)] for n, values in estimated.items()]),
+        estimates=estimates_table(estimated),
         ranks=ranks_table(estimated),
         policies=policies_table(spreads),
         grids=grids_table(),
-        widening=found,
+        widening=widening,
         best=best,
     )
 

@@ -1,8 +1,9 @@
 """Figure 1, the toy task: every policy at every share of good steps in the data, with intervals over seeds.
 
-`results/report.py` calls it, with the runs that it has read. The text of figure1.md stands in that page alone.
+`results/report.py` calls it, with the runs that it has read.
 """
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -23,22 +24,31 @@ TOY = {  # Figure 1
     "both, de Bruijn": dict(variant="debruijn"),
     "both, released": dict(variant="released"),
 }
+SHOWN = 5  # percent of good steps, the toy's default
 MISSES = 75  # percent of the best return: the low hill and one step to the high one are worth less
-PAIRS = [("plain Q", "cloning"), ("entropy", "plain Q"), ("ensemble", "plain Q"), ("both", "plain Q")]
-PAIRS += [("both", "entropy"), ("both", "ensemble"), ("both, de Bruijn", "ensemble"), ("both, de Bruijn", "both")]
-PAIRS += [("both, released", "ensemble"), ("both, released", "both")]
-PAIRS += [(f"debruijn, alpha = {alpha}", "ensemble") for alpha in (0.1, 0.3)]
+PAIRS = [
+    ("plain Q", "cloning"),
+    ("entropy", "plain Q"),
+    ("ensemble", "plain Q"),
+    ("both", "plain Q"),
+    ("both", "entropy"),
+    ("both", "ensemble"),
+    ("both, de Bruijn", "ensemble"),
+    ("both, de Bruijn", "both"),
+    ("both, released", "ensemble"),
+    ("both, released", "both"),
+    ("debruijn, alpha = 0.1", "ensemble"),
+    ("debruijn, alpha = 0.3", "ensemble"),
+]
+
+# ==== 1. Statistics ===================================================================================================
 
 
 def interval(statistic, *samples) -> tuple[float, float]:
-    """The 95% bootstrap interval (BCa; of a statistic that does not vary percentiles) over seeds, of samples (n,)."""
-    for method in ("BCa", "percentile"):
-        rng = np.random.default_rng(0)
-        with warnings.catch_warnings(action="ignore"):
-            found = bootstrap(samples, statistic, paired=True, method=method, random_state=rng).confidence_interval
-        if np.isfinite(found).all():
-            break
-    return tuple(found)
+    """The 95% bootstrap interval (BCa) over seeds, of samples (n,); NaN where they do not vary."""
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings(action="ignore"):
+        return tuple(bootstrap(samples, statistic, paired=True, random_state=rng).confidence_interval)
 
 
 def middle(values, axis=-1):
@@ -70,123 +80,99 @@ def mean_gain(first, second) -> str:
     return in_words(np.mean(first - second), ttest_rel(first, second).confidence_interval(), "+.1f")
 
 
-def toy_groups(groups: list[Group]) -> dict[str, dict[str, Group]]:
-    """The toy's groups by data set (toy-20: 20% of the steps go to the right), most balanced first, and by arm."""
+# ==== 2. Tables =======================================================================================================
+
+
+def toy_groups(groups: list[Group]) -> dict[tuple[int, str], Group]:
+    """The toy's groups by percent of good steps, most balanced first, and policy; other settings have their flags."""
+    names = {label(arm, untold=()): name for name, arm in TOY.items()}
     found = {}
-    for group in (group for group in groups if group.env == "toy"):
-        name = next((name for name, arm in TOY.items() if arm == group.arm), label(group.arm, untold=()))
-        found.setdefault(group.data, {})[name] = group
-    order = [*TOY, *sorted({name for arms in found.values() for name in arms} - set(TOY))]
-    shares = sorted(found, key=share_of, reverse=True)
-    return {data: {name: found[data][name] for name in order if name in found[data]} for data in shares}
+    for group in groups:
+        if group.env == "toy":
+            arm = label(group.arm, untold=())
+            found[int(group.data.removeprefix("toy-")), names.get(arm, arm)] = group
+    order = [*TOY, *sorted({name for _, name in found} - set(TOY))]
+    return {key: found[key] for key in sorted(found, key=lambda key: (-key[0], order.index(key[1])))}
 
 
-def share_of(data: str) -> int:
-    return int(data.partition("-")[2])
-
-
-def arms_table(shares: dict[str, dict[str, Group]]) -> str:
+def arms_table(toy: dict[tuple[int, str], Group]) -> str:
     lines = []
-    for data, arms in shares.items():
-        for name, group in arms.items():
-            x, (_, curve) = np.array([*group.finals().values()]), group.curve()
-            unsteady = curve[:, curve.shape[1] // 2 :].std(1).mean()
-            bounds = "[{:.1f}, {:.1f}]".format(*interval(middle, x)) if len(x) > 2 else ""
-            figures = f"{middle(x):.1f} {bounds}", f"{x.std():.1f}", f"{(x < MISSES).sum()}"
-            lines.append([f"{share_of(data)}%", name, *figures, f"{unsteady:.1f}", len(x)])
+    for (share, name), group in toy.items():
+        x, (_, curve) = np.array([*group.finals().values()]), group.curve()
+        unsteady = curve[:, curve.shape[1] // 2 :].std(1).mean()
+        bounds = "[{:.1f}, {:.1f}]".format(*interval(middle, x)) if len(x) > 2 else ""
+        figures = f"{middle(x):.1f} {bounds}", f"{x.std():.1f}", f"{(x < MISSES).sum()}"
+        lines.append([f"{share}%", name, *figures, f"{unsteady:.1f}", len(x)])
     head = ["share", "policy", "final return", "deviation", "seeds that miss", "deviation in training", "seeds"]
     return table(head, lines)
 
 
-def pairs_table(shares: dict[str, dict[str, Group]]) -> tuple[str, str]:
-    """The table, and what it says of the claim on variances."""
-    lines, unsteadier = [], []
-    for data, arms in shares.items():
-        for first, second in PAIRS:
-            if not (first in arms and second in arms):
-                continue
-            a, b = paired(arms[first], arms[second])
-            if len(a) < 3:
-                continue
-            gain = a - b
-            returns = in_words(middle(gain), interval(middle, gain), "+.1f")
-            bounds = np.exp(interval(log_ratio, a, b))
-            spread = in_words(np.exp(log_ratio(a, b)), bounds, ".2f")
-            if second == "plain Q" and first in ("ensemble", "both") and bounds[0] > 1:
-                unsteadier.append(f"of {first} at {share_of(data)}% ({spread.strip('*')})")
-            better, each = f"{(gain > 0).sum()} of {len(gain)}", ", ".join(f"{x:+.0f}" for x in np.sort(gain))
-            p = f"{wilcoxon(gain).pvalue:.2g}" if gain.any() else ""
-            names = f"{share_of(data)}%", f"{first} against {second}"
-            lines.append([*names, returns, mean_gain(a, b), p, better, spread, each])
+def pairs_table(toy: dict[tuple[int, str], Group]) -> str:
+    """Every pair of PAIRS that has three seeds or more in common."""
+    lines = []
+    for share, (first, second) in itertools.product(shares_of(toy), PAIRS):
+        if not ((share, first) in toy and (share, second) in toy):
+            continue
+        a, b = paired(toy[share, first], toy[share, second])
+        if len(a) < 3:
+            continue
+        gain = a - b
+        returns = in_words(middle(gain), interval(middle, gain), "+.1f")
+        spread = in_words(np.exp(log_ratio(a, b)), np.exp(interval(log_ratio, a, b)), ".2f")
+        better, each = f"{(gain > 0).sum()} of {len(gain)}", ", ".join(f"{x:+.0f}" for x in np.sort(gain))
+        names = f"{share}%", f"{first} against {second}"
+        lines.append([*names, returns, mean_gain(a, b), f"{wilcoxon(gain).pvalue:.2g}", better, spread, each])
     head = ["share", "policies", "interquartile mean", "mean", "Wilcoxon's p", "better seeds", "ratio of deviations"]
-    text = table([*head, "each seed, in order of size"], lines)
-    words = f"Comparisons, for none of whose number anything is corrected: {len(lines)}."
-    if unsteadier:
-        words += f" The least variance fails: larger than plain Q's is the deviation {', '.join(unsteadier)}."
-    return text, words
+    return table([*head, "each seed, in order of size"], lines)
 
 
-def default_by_rule(shares: dict[str, dict[str, Group]]) -> str | None:
-    """The largest share at which plain Q's median seed misses the high mode."""
-    for data, arms in shares.items():
-        if "plain Q" in arms and np.median([*arms["plain Q"].finals().values()]) < MISSES:
-            return data
-    return None
+def shares_of(toy) -> list[int]:
+    return sorted({share for share, _ in toy}, reverse=True)
 
 
 def figure1(groups: list[Group], out: Path):
     """figure1.md, figure1.png (its three panels) and figure1-shares.png, from the toy runs."""
-    shares = toy_groups(groups)
-    if not shares:
-        return
-    own, rule = erdp.ROWS["toy"].dataset, default_by_rule(shares)
-    shown = own if own in shares else next(iter(shares))
-    draw_panels(out / "figure1.png", shown, shares[shown])
-    if len(shares) > 1:
-        draw_shares(out / "figure1-shares.png", shares)
-    pairs, claim = pairs_table(shares)
-    chosen = f"that is {share_of(rule)}%" if rule else "there is none"
-    fill(
-        "figure1.md",
-        out,
-        arms=arms_table(shares),
-        pairs=pairs,
-        claim=claim,
-        rule=f"Of these shares {chosen}; the toy's default is {share_of(own)}%, the panels are of {share_of(shown)}%.",
-        shares="![Final return over the share of good steps](figure1-shares.png)" * (len(shares) > 1),
-    )
+    toy = toy_groups(groups)
+    if toy:
+        draw_panels(out / "figure1.png", toy)
+        draw_shares(out / "figure1-shares.png", toy)
+        fill("figure1.md", out, arms=arms_table(toy), pairs=pairs_table(toy))
 
 
-def draw_shares(path: Path, shares: dict[str, dict[str, Group]]):
+# ==== 3. Pictures =====================================================================================================
+
+
+def draw_shares(path: Path, toy: dict[tuple[int, str], Group]):
     """Final return over the share: interquartile means, with bands of their intervals."""
     figure, axis = plt.subplots(figsize=(8, 5))
+    shares = shares_of(toy)
     for name in TOY:
-        at = [data for data, arms in shares.items() if name in arms]
-        if len(at) < 2:  # no line to be seen
+        at = [share for share in shares if (share, name) in toy]
+        if len(at) < min(2, len(shares)):  # a single point among lines is not to be seen
             continue
-        finals = [np.array([*shares[data][name].finals().values()]) for data in at]
-        x = [share_of(data) for data in at]
-        (line,) = axis.plot(x, [middle(values) for values in finals], "o-", label=name)
+        finals = [np.array([*toy[share, name].finals().values()]) for share in at]
+        (line,) = axis.plot(at, [middle(values) for values in finals], "o-", label=name)
         low, high = np.transpose([interval(middle, values) if len(values) > 2 else (np.nan,) * 2 for values in finals])
-        axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-    ticks = [share_of(data) for data in shares]
+        axis.fill_between(at, low, high, alpha=0.15, color=line.get_color())
     axis.set(xscale="log", xlabel="percent of the recorded steps that go towards the high reward")
     axis.set(ylabel="final return, percent of the best", title="Interquartile mean over seeds, 95% intervals")
-    axis.set_xticks(ticks, ticks)
+    axis.set_xticks(shares, shares)
     axis.minorticks_off()
     axis.invert_xaxis()
     axis.legend(fontsize="small")
     save(figure, path)
 
 
-def draw_panels(path: Path, data: str, arms: dict[str, Group]):
-    """Figure 1's three panels: reward and data; return while training; Q of the first action."""
+def draw_panels(path: Path, toy: dict[tuple[int, str], Group]):
+    """Figure 1's three panels, at one share: reward and data; return while training; Q of the first action."""
+    share = SHOWN if SHOWN in shares_of(toy) else shares_of(toy)[0]
+    arms = {name: group for (percent, name), group in toy.items() if percent == share}
     figure, (left, centre, right) = plt.subplots(1, 3, figsize=(18, 5.5))
     x = np.linspace(-2, 2, 401)
     left.plot(x, erdp.ToyEnv.reward(x))
-    left.set(xlabel="state", ylabel="reward", title=f"Reward and data, {data}")
+    left.set(xlabel="state", ylabel="reward", title=f"Reward and data, {share}% of good steps")
     density = left.twinx()
-    recorded = [episode.observations[1:, 0] for episode in erdp.toy_episodes(0, share_of(data) / 100)]
+    recorded = [episode.observations[1:, 0] for episode in erdp.toy_episodes(0, share / 100)]
     density.hist(np.concatenate(recorded), 60, density=True, alpha=0.4, color="tab:orange")
     density.set(ylabel="density of the states in the data, seed 0")
     for name, group in arms.items():
@@ -202,7 +188,7 @@ def draw_panels(path: Path, data: str, arms: dict[str, Group]):
         if not kept:
             continue
         q = np.array([values["pessimistic"] for values in kept])  # (seeds, 41)
-        (line,) = right.plot(a, q.mean(0), label=f"{name}" + f", mean ± deviation of {len(q)} seeds" * (len(q) > 1))
+        (line,) = right.plot(a, q.mean(0), label=f"{name}, mean ± deviation ({len(q)} seeds)")
         right.fill_between(a[:, 0], q.mean(0) - q.std(0), q.mean(0) + q.std(0), alpha=0.1, color=line.get_color())
     right.set(xlabel="first action", ylabel="value (of an ensemble: Eq. 17)", title="Q at state 0")
     for axis in (centre, right):

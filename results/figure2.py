@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 import torch
-from known_noise import closed_form_deviation, deviation_of_x0_hat, gaussian, optimal, predictor, quantiles, reverse_sde
+from known_noise import closed_form_deviation, exact_noise, gaussian, optimal, predictor, quantiles
 from matplotlib import pyplot as plt
 from pages import fill, save, start, table
 
@@ -30,6 +30,19 @@ ROWS = 10_000  # samples a distribution, sampler and T
 ONE, TWO = ([0.0], 0.3), ([-0.5, 0.5], 0.1)  # the targets of (b): equally likely modes, and the deviation of each
 BETWEEN = 0.3  # two deviations from the modes of TWO
 BOUNDS = 0.3, 0.2, 0.05, 0.02  # of the rms error in (a)
+
+
+def reverse_sde(network, sde, noise, last: float = 1.0):
+    """Eq. 3 from x_T = noise[0] in T Euler-Maruyama steps; `last` scales the noise of the last one.
+
+    The arguments are those of `optimal`.
+    """
+    x_t, T = noise[0], sde.num_steps
+    for t in range(T, 0, -1):
+        times = torch.full((len(x_t),), t)
+        score = -network(x_t, times, None) / sde.transition(0, times)[1].sqrt()  # Eq. 30
+        x_t = sde.reverse_sde_step(x_t, t, score, noise[T - t + 1] * (last if t == 1 else 1.0))
+    return x_t
 
 
 def reconstruct(sampler, sde, x_0, seed: int = 0):
@@ -85,6 +98,14 @@ def bounds_table(results: dict) -> str:
             first = [next((T for T in STEPS if of_T[T][name].error < bound), "none") for bound in BOUNDS]
             lines.append([schedule, name, *first])
     return table(["schedule", "sampler", *(f"below {bound:g}" for bound in BOUNDS)], lines)
+
+
+def deviation_of_x0_hat(sde, width, t: int = 1):
+    """Deviation of x0-hat = E(x_0 | x_t) (Eq. 8) at time t, where x_0 is N(0, width^2) and x_t of Eq. 4."""
+    scale, var = sde.transition(0, t)
+    one = torch.ones(1, 1, dtype=torch.float64)  # x0-hat is linear in x_t
+    gain = sde.predict_x0(one, t, exact_noise(sde, one, t, [0.0], width))
+    return float(gain * (scale**2 * width**2 + var).sqrt())
 
 
 def exact_table(cosine: dict) -> str:

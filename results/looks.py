@@ -9,7 +9,7 @@ import argparse
 
 import numpy as np
 from pages import fill, start, table
-from runs import CLONING, RECORDS, group_runs, read_records
+from runs import CLONING, group_runs, read_records
 from scipy.stats import ttest_1samp
 
 ROW, EARLY = "hopper-medium-replay-v2", dict(q_time=3, entropy_coef=0.0)
@@ -18,16 +18,18 @@ LOOKS = {"5 and 6 seeds": (5, 6), "3, 5 and 6 seeds": (3, 5, 6)}  # at 40,000 up
 DRAWS = 10  # millions of made-up comparisons
 
 
-def scores(groups) -> dict[int, np.ndarray]:
-    """Updates: scores (2, seeds) of ERDP and of cloning, of the seeds that both have, in order."""
+def gains_of(groups) -> dict[int, np.ndarray]:
+    """Updates: scores of ERDP less those of cloning (seeds,), of the seeds that both have, in order."""
     found = {}
     for group in (group for group in groups if group.env == ROW):
         for i, arm in enumerate((EARLY, CLONING)):
             for run in group.runs if arm.items() <= group.arm.items() else []:
                 for step, score in zip(run.evaluations["step"], run.evaluations["score_mean"]):
                     found.setdefault(int(step), ({}, {}))[i][run.config["seed"]] = score
-    both = {step: sorted(ours.keys() & theirs.keys()) for step, (ours, theirs) in found.items()}
-    return {step: np.array([[arm[seed] for seed in both[step]] for arm in found[step]]) for step in sorted(found)}
+    gains = {}
+    for step, (ours, theirs) in sorted(found.items()):
+        gains[step] = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    return gains
 
 
 def least_p(looks, later=(), correlation: float = 0.0, draws: int = DRAWS) -> np.ndarray:
@@ -74,8 +76,7 @@ def allowed_table(gains: dict[int, np.ndarray]) -> str:
 
 def main():
     args = start(argparse.ArgumentParser(description=__doc__))
-    found = scores(group_runs(read_records(RECORDS)))
-    gains = {step: ours - theirs for step, (ours, theirs) in found.items()}
+    gains = gains_of(group_runs(read_records()))
     fill("looks.md", args.out, seen=seen_table(gains), allowed=allowed_table(gains))
 
 

@@ -8,7 +8,7 @@ In Gymnasium-Robotics' U maze (MuJoCo) a ball, pushed by two forces, is paid 1 f
 know the goal. Score 0 is no reward, 100 the mean return of a walker who knows the goal, measured here.
 """
 
-import argparse
+import sys
 import warnings
 
 import gymnasium as gym
@@ -20,6 +20,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 import erdp
 
 DATASET = "pointmaze/wanderer-v0"
+EPISODES = 300  # of the wanderer, 300 steps each
 GOAL, START, WALL = "g", "r", 1
 MAZE = [
     [WALL, WALL, WALL, WALL, WALL],
@@ -73,24 +74,17 @@ def episode(env, rng, knows_goal: bool) -> EpisodeBuffer:
     )
 
 
-def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("pointmaze.py", description=__doc__, formatter_class=raw)
-    parser.error = lambda message: parser.exit(2, f"pointmaze.py: {message}: see --help\n")
-    parser.add_argument("--episodes", type=int, default=300, help="of the wanderer, 300 steps each")
-    args = parser.parse_args(argv)
-    if args.episodes < 1:
-        parser.error("--episodes must be at least 1")
+def main():
     env, rng = make_env(), np.random.default_rng(0)
     best = np.mean([sum(episode(env, rng, knows_goal=True).rewards) for _ in range(100)])
-    data = [episode(env, rng, knows_goal=False) for _ in range(args.episodes)]
+    data = [episode(env, rng, knows_goal=False) for _ in range(EPISODES)]
     own = np.mean([sum(each.rewards) for each in data])
     try:
         with warnings.catch_warnings(action="ignore"):  # at what the set does not say of its author
             minari.create_dataset_from_buffers(DATASET, data, env=env, ref_min_score=0.0, ref_max_score=float(best))
     except ValueError:
-        parser.error(f"{DATASET} is there already: `minari delete {DATASET}` removes it")
-    print(f"{DATASET}: {args.episodes} episodes, mean return {own:.1f}; of who knows the goal {best:.1f}")
+        sys.exit(f"pointmaze.py: {DATASET} is there already: `minari delete {DATASET}` removes it")
+    print(f"{DATASET}: {EPISODES} episodes, mean return {own:.1f}; of who knows the goal {best:.1f}")
 
 
 if __name__ == "__main__":

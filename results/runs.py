@@ -1,11 +1,9 @@
 """Runs as their folders and results/runs.jsonl have them, and which of them differ in nothing but the seed.
 
 What a run is, is read from its settings, never from its name. runs.jsonl has a line for each finished run: its name,
-settings (config), evaluations (metrics.csv), result and, of the toy, Q in the state in which episodes start. Earlier
-versions of the program wrote some of the settings otherwise; what they left is read, too.
+settings (config.json), evaluations (metrics.csv), result and, of the toy, Q in the state in which episodes start.
 """
 
-import contextlib
 import csv
 import json
 import sys
@@ -21,6 +19,7 @@ from erdp import UserError
 
 RECORDS = RESULTS / "runs.jsonl"
 UNKEPT = "run_dir resume checkpoint eval_only domain spec layout low high dtype ref_min ref_max".split()  # of config
+SMOKE = 4_000  # runs of fewer updates are trials of the program, which are not kept
 ACTIONS = torch.linspace(-1, 1, 41)[:, None]  # at which the toy's records keep Q in the state that episodes start in
 
 # ==== 1. Reading and keeping them =====================================================================================
@@ -54,16 +53,17 @@ def read_folder(folder: Path) -> Run:
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         columns = {name: [rounded(float(row[name])) if row[name] else None for row in rows] for name in rows[0]}
-        path, result, start_q = folder / "result.json", None, None
+        path, result = folder / "result.json", None
         if path.exists():
             result = {name: rounded(value) for name, value in json.loads(path.read_text()).items()}
-        if config["env"] == "toy" and (folder / "policy.pt").exists():
-            with contextlib.suppress(UserError):  # an earlier version's policy, which this program does not load
-                start_q = q_at_start(folder / "policy.pt")
-        return checked(Run(folder.name, config, columns, result, start_q))
+        return checked(Run(folder.name, config, columns, result, start_q(folder, config["env"])))
 
 
-def q_at_start(path: Path) -> dict:
+def start_q(folder: Path, env: str) -> dict | None:
+    """Q of the toy's policy in the state that episodes start in; None of other tasks, and where none was left."""
+    path = folder / "policy.pt"
+    if env != "toy" or not path.exists():
+        return None
     agent = erdp.load_policy(path).agent
     with torch.no_grad():
         q = agent.critics_target(torch.zeros(len(ACTIONS), 2), ACTIONS)  # (M, 41)
@@ -73,54 +73,40 @@ def q_at_start(path: Path) -> dict:
 
 def checked(run: Run) -> Run:
     """The run itself. Raises an exception where it lacks something, or its parts do not agree."""
-    for name in ("env", "seed", "dataset", "dataset_id", "transitions", "num_steps", "eval_episodes"):
-        run.config[name]
     if run.config["env"] not in erdp.ROWS:  # an earlier version had a data set's id there
         run.config["env"] = "own"
-    steps, scores = run.evaluations["step"], run.evaluations["score_mean"]
-    if not np.isfinite(scores).all():
-        raise ValueError("one of its scores is NaN or infinite")
-    found = run.result or dict(final=scores[-1], best=max(scores))
-    if len(steps) != len(scores) or (found["final"], found["best"]) != (scores[-1], max(scores)):
+    identity(run)
+    scores = run.evaluations["score_mean"]
+    if not np.isfinite(scores).all() or len(scores) != len(run.evaluations["step"]):
+        raise ValueError("one of its scores is missing, NaN or infinite")
+    if run.result and (run.result["final"], run.result["best"]) != (scores[-1], max(scores)):
         raise ValueError("its result does not agree with its evaluations")
     return run
 
 
-def read_records(path: Path) -> list[Run]:
-    with erdp.refusing(f"{path} cannot be read, take it from the repository again", LookupError, TypeError):
-        return [checked(Run(**json.loads(line))) for line in path.read_text().splitlines()]
+def read_records() -> list[Run]:
+    with erdp.refusing(f"{RECORDS} cannot be read, take it from the repository again", LookupError, TypeError):
+        return [checked(Run(**json.loads(line))) for line in RECORDS.read_text().splitlines()]
 
 
 def read_runs(tops: list[Path]) -> list[Run]:
-    """Every run below folders, finished ones first. Of those with the same settings, data and seed the first.
-
-    One that cannot be read is named and left out.
-    """
-    runs, kept = [], {}
-    for top in tops:
-        for path in sorted(top.rglob("metrics.csv")):
-            try:
-                runs.append(read_folder(path.parent))
-            except UserError as error:
-                print(f"left out: {error}", file=sys.stderr)
-    for run in sorted(runs, key=lambda run: run.result is None):
-        if kept.setdefault(identity(run), run) is not run:
-            print(f"{run.name} is left out: {kept[identity(run)].name} has the same settings, data and seed")
-    return list(kept.values())
+    """Every run below folders; one that cannot be read is named and left out."""
+    runs = []
+    for path in (path for top in tops for path in sorted(top.rglob("metrics.csv"))):
+        try:
+            runs.append(read_folder(path.parent))
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    return runs
 
 
-def collect(runs: list[Run]) -> list[Run]:
-    """Adds the finished runs to runs.jsonl, in place of those with the same settings, data and seed. Returns all."""
-    known = {identity(run): run for run in (read_records(RECORDS) if RECORDS.exists() else [])}
-    known |= {identity(run): run for run in runs if run.result}
-    names = [run.name for run in known.values()]
-    if twice := sorted(name for name in set(names) if names.count(name) > 1):
-        raise UserError(f"{RECORDS} has another run of the name {twice[0]}: rename one of the two")
-    found = sorted(known.values(), key=lambda run: run.name)
+def keep(runs: list[Run]):
+    """Adds the finished runs to runs.jsonl, in place of those with the same settings, data and seed."""
+    known = {identity(run): run for run in read_records()}
+    known |= {identity(run): run for run in runs if run.result and run.config["num_steps"] >= SMOKE}
     with erdp.whole_file(RECORDS) as file:
-        for run in found:
+        for run in sorted(known.values(), key=lambda run: run.name):
             file.write(json.dumps({name: x for name, x in run._asdict().items() if x is not None}) + "\n")
-    return found
 
 
 # ==== 2. Their arms and groups ========================================================================================
@@ -130,7 +116,7 @@ CLONING = dict(eta=0.0, entropy_coef=0.0, eval_candidates=1)
 CLIPPED_DOUBLE_Q = dict(pessimism="min", num_critics=2, entropy_coef=0.0)
 MEASURING = {"num_steps", "eval_every", "eval_episodes"}  # they change what "final" and "best" mean
 CRITICS_ONLY = {"num_critics", "lcb_coef", "pessimism", "max_q_backup", "variant"}  # of no effect on a cloned policy
-UNTOLD = erdp.FREE - MEASURING - {"eval_candidates", "eval_env"} | {"seed", "env"}  # of no arm
+UNTOLD = set("env seed dataset device compile precision run_dir resume eval_only".split())  # of no arm
 
 
 class Group(NamedTuple):
@@ -142,7 +128,7 @@ class Group(NamedTuple):
     data_score: float | None  # of the data's own episodes, to a tenth; the toy's data differ by seed
     own_data: bool  # the row's own data, which is the paper's
     arm: dict
-    runs: list[Run]
+    runs: list[Run]  # by seed
 
     def setting(self, name: str):
         return self.runs[0].config[name]
@@ -151,14 +137,13 @@ class Group(NamedTuple):
         """Final score by seed."""
         return {run.config["seed"]: run.result["final"] for run in self.runs}
 
-    def mean(self, name: str, over=np.mean) -> float:
-        """Of the final or best score over seeds."""
-        return float(over([run.result[name] for run in self.runs]))
-
     def outcome(self) -> list:
-        """Final and best score as mean ± standard deviation over seeds (divisor n), and the number of seeds."""
-        n, names = len(self.runs), ("final", "best")
-        return [*(f"{self.mean(x):.1f}" + f" ± {self.mean(x, np.std):.1f}" * (n > 1) for x in names), n]
+        """The data's score; final and best as mean ± standard deviation over seeds (divisor n); number of seeds."""
+        cells = ["" if self.data_score is None else f"{self.data_score:.1f}"]
+        for name in ("final", "best"):
+            scores = [run.result[name] for run in self.runs]
+            cells.append(f"{np.mean(scores):.1f}" + f" ± {np.std(scores):.1f}" * (len(scores) > 1))
+        return [*cells, len(self.runs)]
 
     def curve(self) -> tuple[list[float], np.ndarray]:
         """The updates at which all runs were evaluated, and their scores (seeds, evaluations)."""
@@ -195,14 +180,15 @@ def identity(run: Run) -> tuple:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """The finished runs, those of one arm on one data set together."""
+    """The finished runs, those of one arm on one data set together; of runs alike in all, the seed too, the last."""
     groups = {}
     for run in runs:
         if run.result:
-            groups.setdefault(identity(run)[:-1], []).append(run)
+            *key, seed = identity(run)
+            groups.setdefault(tuple(key), {})[seed] = run
     found = []
-    for (*key, arm), some in groups.items():
-        found.append(Group(*key, dict(arm), sorted(some, key=lambda run: run.config["seed"])))
+    for (*key, arm), by_seed in groups.items():
+        found.append(Group(*key, dict(arm), [by_seed[seed] for seed in sorted(by_seed)]))
     return sorted(found, key=lambda g: (g.data, label(g.arm), g.setting("num_steps"), str(g.arm)))
 
 
