@@ -759,9 +759,9 @@ def check_settings(args: Args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, int | float):
             low = least.get(name, 1 if field.type.startswith("int") else 0)
-            high = most.get(name, 1e12)
-            if not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} is {value} but must be from {low} to {high:g}")
+            high = most.get(name, math.inf)
+            if not low <= value <= high or value == math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {value} but must be from {low} to {high}")
     if args.precision == "tf32" and args.device == "cpu":
         raise ValueError("--precision tf32 is CUDA's: give float32 or bf16 with --device cpu")
     if args.variant == "debruijn" and args.loss == "likelihood":
@@ -1283,8 +1283,9 @@ def load_policy(path, device="cpu", candidates: int | None = None, compile: bool
     args, task = saved["args"], saved["task"]
     args = dataclasses.replace(args, compile=compile, eval_candidates=candidates or args.eval_candidates)
     agent = Agent(size(task.layout), np.size(task.low), args, device)
-    for name in ACTING:
-        getattr(agent, name).load_state_dict(saved["agent"][name])
+    with refusing(f"{path} is damaged", KeyError, RuntimeError):
+        for name in ACTING:
+            getattr(agent, name).load_state_dict(saved["agent"][name])
     return Actor(agent, task.layout, task.low, task.high, task.dtype)
 
 
