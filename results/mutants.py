@@ -1,8 +1,7 @@
 """Mutation testing of erdp.py: changes it in one place at a time and runs test_erdp.py against each copy.
 
-    python results/mutants.py --list                # what would be changed
     python results/mutants.py --only lcb            # the mutants of one function
-    python results/mutants.py --every 2 --publish   # each second one, and results/mutants.md
+    python results/mutants.py --every 2 --publish   # each second one of all, and results/mutants.md
 
 The mutants come from the syntax tree: signs, products for quotients, constants, exchanged arguments, strict for weak
 comparisons, mean for sum, forgotten detach, clamp, square root, logarithm. A mutant is killed when the quick part of
@@ -21,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,57 +27,36 @@ from pages import RESULTS, ROOT, table
 
 KEPT = ROOT / "runs" / "mutants.jsonl"
 
-# What is mutated, and the tests to run first (pytest's -k)
+# The tests to run first (pytest's -k), and what is mutated
 TESTS = {
-    "cosine": "eq01",
-    "SCHEDULES": "eq01",
-    "MeanRevertingSDE.__init__": "eq01 or sde",
-    "MeanRevertingSDE.between": "sde or eq02 or eq07",
-    "MeanRevertingSDE.decay": "eq02",
-    "MeanRevertingSDE.var": "eq02",
-    "MeanRevertingSDE.transition": "eq02",
-    "MeanRevertingSDE.diffuse": "eq04",
-    "MeanRevertingSDE.score": "eq28 or eq30",
-    "MeanRevertingSDE.posterior": "eq07",
-    "MeanRevertingSDE.predict_x0": "eq08",
-    "MeanRevertingSDE.log_prob": "eq02_log",
-    "MeanRevertingSDE.log_prob_x1": "eq14",
-    "MeanRevertingSDE.reverse_sde_step": "eq03",
-    "mish": "mish",
-    "NoiseNetwork.__init__": "noise_network",
-    "NoiseNetwork.forward": "noise_network",
-    "QEnsemble.__init__": "ensemble",
-    "QEnsemble.forward": "ensemble or eq15",
-    "sample_actions": "eq10",
-    "choose_action": "acting",
-    "noise_loss": "eq05",
-    "likelihood_loss": "eq05",
-    "posterior_loss": "eq05 or eq40",
-    "policy_log_prob": "eq15",
-    "entropy_weights": "entropy or debruijn",
-    "entropy_estimate": "entropy or debruijn",
-    "VARIANTS": "eq15 or eq12",
-    "policy_loss": "eq15 or eq12",
-    "critic_loss": "eq16",
-    "lcb": "eq17",
-    "minimum": "eq17",
-    "Agent.__init__": "algorithm1",
-    "update": "algorithm1",
-    "optimizer_step": "algorithm1",
-    "soft_update": "algorithm1",
-    "noise_buffers": "algorithm1",
-    "sample_noise": "algorithm1",
-    "sparse_reward": "antmaze or reward",
-    "DOMAINS": "table_4 or reward or evaluation or data",
-    "toy_episodes": "toy",
-    "hdf5_episodes": "data or hdf5",
-    "flatten": "data",
-    "same_walls": "maze",
-    "load_data": "data or bad",
-    "Actor.__call__": "actor",
-    "OneEpisode.step": "evaluation",
-    "evaluate": "evaluation",
-    "summary": "evaluation",
+    "eq01 or sde": ["cosine", "SCHEDULES", "MeanRevertingSDE.__init__"],
+    "sde or eq02 or eq07": ["MeanRevertingSDE.between"],
+    "eq02": ["MeanRevertingSDE.decay", "MeanRevertingSDE.var", "MeanRevertingSDE.transition"],
+    "eq02_log": ["MeanRevertingSDE.log_prob"],
+    "eq03": ["MeanRevertingSDE.reverse_sde_step"],
+    "eq04": ["MeanRevertingSDE.diffuse"],
+    "eq05 or eq40": ["noise_loss", "likelihood_loss", "posterior_loss"],
+    "eq07": ["MeanRevertingSDE.posterior"],
+    "eq08": ["MeanRevertingSDE.predict_x0"],
+    "eq10": ["sample_actions"],
+    "eq12 or eq15": ["policy_log_prob", "VARIANTS", "policy_loss"],
+    "eq14": ["MeanRevertingSDE.log_prob_x1"],
+    "eq16": ["critic_loss"],
+    "eq17": ["lcb", "minimum"],
+    "eq28 or eq30": ["MeanRevertingSDE.score"],
+    "entropy or debruijn": ["entropy_weights", "entropy_estimate"],
+    "algorithm1": ["Agent.__init__", "update", "optimizer_step", "soft_update", "noise_buffers", "sample_noise"],
+    "mish": ["mish"],
+    "noise_network": ["NoiseNetwork.__init__", "NoiseNetwork.forward"],
+    "ensemble or eq15": ["QEnsemble.__init__", "QEnsemble.forward"],
+    "acting": ["choose_action"],
+    "actor": ["Actor.__call__"],
+    "toy": ["toy_episodes"],
+    "maze": ["same_walls"],
+    "data or hdf5 or bad": ["hdf5_episodes", "flatten", "load_data"],
+    "antmaze or reward": ["sparse_reward"],
+    "table_4 or reward or evaluation or data": ["DOMAINS"],
+    "evaluation": ["OneEpisode.step", "evaluate", "summary"],
 }
 # Mutants that compute the same: function, line, text before and after -> why
 EQUIVALENT = {
@@ -90,8 +67,8 @@ EQUIVALENT = {
         "where the deviation is 0, so is what it divides"
     ),
 }
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
-SWAPS |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
+OPERATORS |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 NAMES = {"mean": "sum", "sum": "mean", "amin": "amax", "amax": "amin", "var": "std", "std": "var", "sin": "cos"}
 NAMES |= {"cos": "sin", "theta_bar": "num_steps", "fmax": "fmin", "argmax": "argmin"}
 OF_THE_SDE = {"var": "decay", "decay": "var"}
@@ -120,22 +97,23 @@ class Mutant(NamedTuple):
 
 def mutants(source: str):
     """Yields every Mutant of the functions in TESTS."""
-    tree, lines = ast.parse(source), source.encode().splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    for name, tests in TESTS.items():
-        for node in walk(find(tree, name)):
-            for change in changes(node):
-                changed = copy.deepcopy(node)
-                before, after = ast.unparse(node), ast.unparse(change(changed) or changed)
-                if before != after:
-                    begin = starts[node.lineno - 1] + node.col_offset
-                    end = starts[node.end_lineno - 1] + node.end_col_offset
-                    text = source.encode()
-                    text = text[:begin] + f"({after})".encode() + text[end:]
-                    line = lines[node.lineno - 1].decode().partition("  #")[0].strip()
-                    yield Mutant(name, line, before, after, tests, text.decode())
+    tree = ast.parse(source)
+    for tests, functions in TESTS.items():
+        for function in functions:
+            for node in walk(find(tree, function)):
+                for new in replacements(node):
+                    before, after = ast.unparse(node), ast.unparse(new)
+                    line = source.splitlines()[node.lineno - 1].partition("  #")[0].strip()
+                    yield Mutant(function, line, before, after, tests, replaced(source, node, f"({after})"))
+
+
+def replaced(source: str, node: ast.AST, text: str) -> str:
+    """The source with `text` in the place of a node, whose columns count bytes."""
+    lines = source.encode().splitlines(keepends=True)
+    begin = len(b"".join(lines[: node.lineno - 1])) + node.col_offset
+    end = len(b"".join(lines[: node.end_lineno - 1])) + node.end_col_offset
+    whole = b"".join(lines)
+    return (whole[:begin] + text.encode() + whole[end:]).decode()
 
 
 def find(tree: ast.AST, name: str) -> ast.AST:
@@ -161,43 +139,48 @@ def walk(node: ast.AST):
             yield from walk(child)
 
 
-def changes(node: ast.AST):
-    """Functions that change a node in place, or return another in its place."""
-    if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
-        yield lambda n: setattr(n, "op", SWAPS[type(n.op)]())
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        yield lambda n: n.left
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
-        yield lambda n: n.operand
-    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        yield lambda n: n.ops.__setitem__(0, SWAPS[type(n.ops[0])]())
-    if isinstance(node, ast.BoolOp):
-        yield lambda n: setattr(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())
-    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield lambda n: setattr(n, "value", not n.value)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
-        yield lambda n: setattr(n, "value", n.value + 1)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
-        yield lambda n: setattr(n, "value", 2 * n.value if n.value else 1.0)
-    if isinstance(node, ast.Attribute):
-        owner = node.value.id if isinstance(node.value, ast.Name) else ""
-        names = NAMES | OF_THE_SDE if owner in ("self", "sde") else NAMES
-        if node.attr in names:
-            yield lambda n: setattr(n, "attr", names[n.attr])
-    if isinstance(node, ast.Call):
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        if called in DROPPED:
-            module = isinstance(node.func.value, ast.Name) and node.func.value.id in ("np", "torch", "F")
-            yield lambda n: n.args[0] if module else n.func.value
-        if len(node.args) > 1 and called != "getattr":
-            yield lambda n: n.args.__setitem__(slice(0, 2), [n.args[1], n.args[0]])
-    if isinstance(node, ast.IfExp):
-        yield lambda n: n.__dict__.update(body=n.orelse, orelse=n.body)
+def replacements(node: ast.AST):
+    """Yields what is put in the place of a node, one at a time."""
+
+    def changed(**fields):
+        new = copy.copy(node)
+        vars(new).update(fields)
+        return new
+
+    match node:
+        case ast.BinOp(left=left, op=ast.Pow()):
+            yield left
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in OPERATORS:
+            yield changed(op=OPERATORS[type(op)]())
+        case ast.UnaryOp(operand=operand):
+            yield operand
+        case ast.Compare(ops=[op, *rest]) if type(op) in OPERATORS:
+            yield changed(ops=[OPERATORS[type(op)](), *rest])
+        case ast.Constant(value=bool(value)):
+            yield ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            yield ast.Constant(value + 1)
+        case ast.Constant(value=float(value)):
+            yield ast.Constant(2 * value or 1.0)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield changed(body=orelse, orelse=body)
+        case ast.Attribute(value=value, attr=attr):
+            of_the_sde = isinstance(value, ast.Name) and value.id in ("self", "sde")
+            names = NAMES | OF_THE_SDE if of_the_sde else NAMES
+            if attr in names:
+                yield changed(attr=names[attr])
+        case ast.Call(func=func, args=args):
+            called = func.attr if isinstance(func, ast.Attribute) else ""
+            if called in DROPPED:
+                of_a_module = isinstance(func.value, ast.Name) and func.value.id in ("np", "torch", "F")
+                yield args[0] if of_a_module else func.value
+            if len(args) > 1:
+                first, second, *rest = args
+                yield changed(args=[second, first, *rest])
 
 
 def passes(source: str, limit: float, *selection: str) -> bool:
-    """Whether the tests that pytest selects pass with `source` as erdp.py. One that takes longer than `limit` seconds
-    fails, too."""
+    """Whether the tests that pytest selects pass with `source` as erdp.py, in no more than `limit` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "erdp.py").write_text(source)
         for name in ("test_erdp.py", "pyproject.toml", "README.md"):
@@ -210,31 +193,6 @@ def passes(source: str, limit: float, *selection: str) -> bool:
         return done.returncode in (0, 5)  # 5: nothing selected
 
 
-def judge(mutant: Mutant, limit: float) -> str:
-    """'quick' or 'slow', the part of the suite that kills a mutant, or 'survived'."""
-    quick, own = ("-m", "not slow"), ("-k", mutant.tests)
-    if not passes(mutant.source, limit, *quick, *own) or not passes(mutant.source, limit, *quick):
-        return "quick"
-    return "survived" if passes(mutant.source, limit, "-m", "slow", *own) else "slow"
-
-
-def outcomes(chosen: list[Mutant]) -> list[str]:
-    """The outcome of each mutant: as listed, as kept, or found now and kept."""
-    KEPT.parent.mkdir(exist_ok=True)
-    kept = dict(json.loads(line) for line in KEPT.read_text().splitlines()) if KEPT.exists() else {}
-    limit, found = None, []
-    for number, mutant in enumerate(chosen, 1):
-        outcome = "equivalent" if mutant.why() else kept.get(mutant.key())
-        if outcome is None:
-            limit = limit or allowed_time()
-            outcome = judge(mutant, limit)
-            with open(KEPT, "a") as file:
-                file.write(json.dumps([mutant.key(), outcome]) + "\n")
-            print(f"{number} of {len(chosen)}, {outcome}: {mutant.function} {mutant.words()}", flush=True)
-        found.append(outcome)
-    return found
-
-
 def allowed_time() -> float:
     """Seconds for a mutant's tests: several times what the unchanged file takes, which must pass."""
     began = time.monotonic()
@@ -243,17 +201,42 @@ def allowed_time() -> float:
     return 60 + 5 * (time.monotonic() - began)
 
 
+def judge(mutant: Mutant, limit: float) -> str:
+    """'quick' or 'slow', the part of the suite that kills a mutant, or 'survived'."""
+    for selection in (["-m", "not slow", "-k", mutant.tests], ["-m", "not slow"]):
+        if not passes(mutant.source, limit, *selection):
+            return "quick"
+    return "survived" if passes(mutant.source, limit, "-m", "slow", "-k", mutant.tests) else "slow"
+
+
+def outcomes(chosen: list[Mutant]) -> list[str]:
+    """The outcome of each mutant: as listed, as kept, or found now and kept."""
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.touch()
+    kept = dict(json.loads(line) for line in KEPT.read_text().splitlines())
+    limit, found = None, []
+    for number, mutant in enumerate(chosen, 1):
+        outcome = "equivalent" if mutant.why() else kept.get(mutant.key())
+        if outcome is None:
+            limit = limit or allowed_time()
+            outcome = judge(mutant, limit)
+            with open(KEPT, "a") as file:
+                file.write(json.dumps([mutant.key(), outcome]) + "\n")
+        print(f"{number} of {len(chosen)}, {outcome}: {mutant.function} {mutant.words()}", flush=True)
+        found.append(outcome)
+    return found
+
+
 def page(chosen: list[Mutant], found: list[str], number: int, command: str) -> str:
-    kinds, lines, special = ("quick", "slow", "equivalent", "survived"), [], []
-    for name in TESTS:
-        of_name = [outcome for mutant, outcome in zip(chosen, found) if mutant.function == name]
-        if of_name:
-            lines.append([f"`{name}`", len(of_name), *(of_name.count(kind) or "" for kind in kinds)])
-    lines.append(["all", len(found), *(found.count(kind) for kind in kinds)])
+    kinds = "quick", "slow", "equivalent", "survived"
+    by_function, special = {}, []
     for mutant, outcome in zip(chosen, found):
-        if outcome in kinds[2:]:
-            special.append([f"`{mutant.function}`", mutant.words().replace("|", "\\|"), outcome, mutant.why() or ""])
-    rest = table(["function", "change", "outcome", "why"], special) if special else "None."
+        function = f"`{mutant.function}`"
+        by_function.setdefault(function, []).append(outcome)
+        if outcome in ("equivalent", "survived"):
+            special.append([function, mutant.words().replace("|", "\\|"), outcome, mutant.why() or ""])
+    by_function["all"] = found
+    lines = [[name, len(of_it), *(of_it.count(kind) for kind in kinds)] for name, of_it in by_function.items()]
     return f"""# Mutants of erdp.py
 
 `{command}`: {len(chosen)} of the {number} places were tried.
@@ -265,7 +248,7 @@ the slow tests of its function; equivalent: it computes the same, as the script 
 
 ## What is not killed
 
-{rest}
+{table(["function", "change", "outcome", "why"], special) if special else "None."}
 """
 
 
@@ -273,17 +256,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="run each so manyth mutant")
     parser.add_argument("--only", help="run the mutants of this function alone")
-    parser.add_argument("--list", action="store_true", help="show the mutants, run none")
     parser.add_argument("--publish", action="store_true", help="write results/mutants.md")
     args = parser.parse_args()
     every = [m for m in mutants((ROOT / "erdp.py").read_text()) if args.only in (None, m.function)]
-    chosen = list(dict.fromkeys(every[:: args.every]))
-    if args.list:
-        for mutant in chosen:
-            print(mutant.function, mutant.words())
-        return print(len(chosen), "mutants")
+    chosen = every[:: args.every]
     found = outcomes(chosen)
-    print(dict(Counter(found)))
     if args.publish:
         command = " ".join(["python results/mutants.py", *sys.argv[1:]])
         (RESULTS / "mutants.md").write_text(page(chosen, found, len(every), command))
