@@ -436,7 +436,7 @@ def check_all(names, run, write) -> dict[str, tuple[str, str]]:
             write(results)
 
     with concurrent.futures.ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(check, [name for name in names if name not in ALONE]))  # raises what they raise
+        list(pool.map(check, [name for name in names if PARTS[name] not in ALONE]))  # raises what they raise
     for name in names:
         if PARTS[name] in ALONE:
             check(name)
