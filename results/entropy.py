@@ -1,6 +1,6 @@
 """The entropy term of Eq. 15: what it follows, what it does to a policy; and one that measures entropy.
 
-    python results/entropy.py                # makes entropy.png and the tables of entropy.md
+    python results/entropy.py                # makes the tables of entropy.md
     python results/entropy.py --out FOLDER
 
 (a) The estimate, as `erdp.policy_loss` computes it, beside the entropy that it stands for, where both the distribution
@@ -12,15 +12,13 @@ own samples, the toy, an earlier version of this script measured.
 import argparse
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import scipy.special
 import scipy.stats
 import torch
 from known_noise import closed_form_deviation, gaussian, optimal, predictor, quantiles
-from matplotlib import pyplot as plt
-from pages import fill, save, start, table
+from pages import fill, start, table
 
 import erdp
 
@@ -236,29 +234,7 @@ def widening_tables() -> tuple[str, str]:
     return widening, table(["target", "times", "up to, clipped", "up to, not clipped"], best)
 
 
-# ==== The picture and the page ========================================================================================
-
-
-def draw(estimated: dict, spreads: dict, path: Path):
-    figure, (*measured, made) = plt.subplots(1, 4, figsize=(20, 4.4))
-    measured[1].sharey(measured[0])
-    for panel, column, variant in zip(measured, (2, 3, 4), VARIANTS, strict=True):
-        labels = "Gaussians of growing deviation", "two modes moving apart", "one narrow Gaussian moving away from 0"
-        for names, label in zip((GAUSSIANS, MIXTURES, MOVED), labels, strict=True):
-            points = [(estimated[name][0], estimated[name][column]) for name in names]
-            panel.plot(*zip(*points, strict=True), "o-", label=label)
-        estimate = "H-hat" if variant == "debruijn" else "-log p"
-        panel.set(xlabel="true entropy", ylabel=f"estimate, {estimate}", title=f"(a) what the term measures, {variant}")
-        panel.legend(fontsize=8, loc="upper right" if variant == "released" else "best")
-    for variant in VARIANTS:
-        runs = [spreads["none", 0.0], *(spreads[variant, alpha] for alpha in ALPHAS)]
-        mean, error = [r[:, 0].mean() for r in runs], [r[:, 0].std() for r in runs]
-        made.errorbar(range(len(runs)), mean, error, fmt="o-", capsize=3, label=variant)
-    made.axhline(TARGET[1], color="0.4", linestyle="--", label=f"the data: {TARGET[1]}")
-    made.set_xticks(range(len(runs)), ["0", *(f"{alpha:g}" for alpha in ALPHAS)])
-    made.set(xlabel="alpha (lambda = 1)", ylabel="deviation of samples (clamped)", title="(b) what it makes")
-    made.legend()
-    save(figure, path, dpi=80)
+# ==== The page ========================================================================================================
 
 
 def main(argv=None):
@@ -268,7 +244,6 @@ def main(argv=None):
     for variant, alpha in [("none", 0.0), *itertools.product(VARIANTS, ALPHAS)]:
         policies = [trained(alpha, variant if alpha else "paper", seed) for seed in SEEDS]
         spreads[variant, alpha] = np.array([spread(p, True) + spread(p, False) for p in policies])
-    draw(estimated, spreads, folder / "entropy.png")
     widening, best = widening_tables()
     fill(
         "entropy.md",

@@ -1,6 +1,6 @@
 """The likelihood loss (Table 4's, Gym and Kitchen) against noise matching and `posterior`, where the answer is known.
 
-    python results/likelihood.py                # makes likelihood.png and the tables of likelihood.md
+    python results/likelihood.py                # makes the tables of likelihood.md
     python results/likelihood.py --out FOLDER
 
 The data: 2-D actions a ~ N(mu(s), WIDTH^2) of states s on [-1, 1]. For each loss and number of steps T a small network
@@ -14,12 +14,10 @@ import argparse
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import torch
 from known_noise import exact_noise, gaussian
-from matplotlib import pyplot as plt
-from pages import fill, save, start, table
+from pages import fill, start, table
 
 import erdp
 
@@ -27,7 +25,6 @@ LOSSES = "noise", "posterior", "likelihood"
 STEPS = 3, 5, 10, 20, 50
 WIDTH = 0.1  # deviation of an action given its state
 UPDATES, LONGER = 2_000, 8_000  # the latter for T = 5 alone
-TICKS = 0.003, 0.01, 0.03, 0.1, 0.3, 1  # of the picture
 STATES, SAMPLES = 50, 400  # of the measurement, samples a state
 
 
@@ -144,33 +141,9 @@ def slopes_table() -> str:
     return table(["T = 5", *(f"t = {t}" for t in range(1, 6))], rows)
 
 
-def draw(found: dict, path: Path):
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.3))
-    for i, panel in enumerate(axes):
-        for loss, colour in zip(LOSSES, ("tab:blue", "tab:green", "tab:red"), strict=True):
-            if loss != "likelihood":  # clipping moves no point of these to be seen
-                panel.plot(STEPS, [found[loss, True, "trained", T][i] for T in STEPS], "o-", color=colour, label=loss)
-                continue
-            for clip, mark, how in ((False, "o", "not clipped"), (True, "x", "clipped")):
-                ours, best = ([found[loss, clip, who, T][i] for T in STEPS] for who in ("trained", "minimiser"))
-                panel.plot(STEPS, ours, mark + "-", color=colour, label=f"{loss}, x0-hat {how}")
-                panel.plot(STEPS, best, mark + ":", color="0.5", label=f"its minimiser, x0-hat {how}")
-        panel.set(xscale="log", yscale="log", xlabel="T")
-        panel.set_xticks(STEPS, STEPS)
-        ticks = [tick for tick in TICKS if panel.get_ylim()[0] < tick < panel.get_ylim()[1]]
-        panel.set_yticks(ticks, ticks)
-        panel.minorticks_off()
-    axes[1].axhline(WIDTH, color="k", linewidth=0.8, label="the data")
-    axes[0].set(ylabel="rms error of a state's mean sample", title="Bias")
-    axes[1].set(ylabel="deviation of a state's samples", title="Deviation")
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, path, dpi=110)
-
-
 def main(argv=None):
     folder = start(argparse.ArgumentParser(description=__doc__), argv).out
     found = measurements()
-    draw(found, folder / "likelihood.png")
     fill(
         "likelihood.md",
         folder,

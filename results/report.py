@@ -64,11 +64,9 @@ def some(head: list[str], lines: list) -> str:
 
 
 def scores_table(groups: list[Group]) -> str:
-    """All runs but the toy's. The paper's figure stands beside runs on its data with all of its settings alone."""
+    """The paper's figure stands beside runs on its data with all of its settings alone."""
     paper, lines = printed(), []
     for group in groups:
-        if group.env == "toy":
-            continue
         figure = paper.get((group.env, label(group.arm, untold=())), "") if group.own_data else ""
         settings = label(group.arm), f"{group.setting('num_steps'):,}", group.setting("eval_episodes")
         lines.append([group.env, group.data, *settings, figure, *group.outcome()])
@@ -86,7 +84,7 @@ def cloning_table(groups: list[Group]) -> str:
     lines = []
     for group, clone in itertools.product(groups, groups):
         cloned = [CLONING.items() <= each.arm.items() for each in (group, clone)]
-        if group.env == "toy" or cloned != [False, True] or alike(group) != alike(clone):
+        if cloned != [False, True] or alike(group) != alike(clone):
             continue
         ours, theirs = paired(group, clone)
         if len(ours) > 1:
@@ -114,8 +112,6 @@ def panels_of(groups: list[Group]) -> dict[str, dict[str, Group]]:
     """A panel for each data set, loss and number of episodes, and of each arm there its longest runs."""
     panels = {}
     for group in sorted(groups, key=lambda g: (g.env, g.data, g.transitions, g.setting("num_steps"))):
-        if group.env == "toy":
-            continue
         arm = {name: x for name, x in group.arm.items() if name not in MEASURING}
         loss = {name: arm.pop(name) for name in ("loss", "clip_denoised") if name in arm}
         told = f"{label(loss)}, " * bool(loss) + f"{group.setting('eval_episodes')} episodes an evaluation"
@@ -149,14 +145,15 @@ def report(runs: list[Run], folders: list[Path], out: Path):
     """All tables and pictures, into the folder `out`."""
     out.mkdir(exist_ok=True)
     groups = group_runs(runs)
-    panels = panels_of(groups)
+    robots = [group for group in groups if group.env != "toy"]
+    panels = panels_of(robots)
     if panels:
         draw_curves(out / "curves.png", panels)
     fill(
         "tables.md",
         out,
-        scores=scores_table(groups),
-        cloning=cloning_table(groups),
+        scores=scores_table(robots),
+        cloning=cloning_table(robots),
         curves="![Learning curves](curves.png)" if panels else "There are none yet.",
         peers=peers_table(folders),
     )

@@ -204,4 +204,4 @@ def label(arm: dict, untold=MEASURING) -> str:
     for key, value in rest.items():
         flag = key.replace("_", "-")
         words.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
-    return ", ".join(words) or "as in the paper"
+    return ", ".join(words) or "the row's preset"
