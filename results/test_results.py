@@ -401,13 +401,17 @@ def test_benchmarks_bound_counts_the_operations_of_the_paper():
 
 @pytest.mark.slow
 def test_benchmark_measures_updates_and_steps_and_names_the_machine(tmp_path, monkeypatch):
-    said = benchmark.evaluation_speed(1, "cpu", 1)
-    assert int(re.search(r"(\d+) environment steps a second", said)[1]) > 0
-    monkeypatch.setattr(benchmark, "evaluation_speed", lambda *_: "")
+    M, processes, *speeds, share, rounding = benchmark.acting(erdp.Args(hidden=64), 2, 0.1)
+    eager, compiled, mujoco = (float(speed.split()[0]) for speed in speeds)
+    assert M == 2 and processes > 0 and min(eager, compiled, mujoco) > 0
+    assert float(share[:-1]) == pytest.approx(100 * compiled / mujoco, abs=0.6) and 0 <= float(rounding) < 1e-4
+    monkeypatch.setattr(benchmark, "acting", lambda *_: [4])
     monkeypatch.setitem(benchmark.WAYS, "cpu", ("eager",))
     benchmark.main(["--critics", "1", "--seconds", "0.1", "--out", str(tmp_path / "page.md")])
     text = (tmp_path / "page.md").read_text()
     assert "GFLOP/s" in text and ("family" in text or not Path("/proc/cpuinfo").exists())
+    spent = re.findall(r"^\| .+ \| (-?[\d.]+) \| (-?\d+)% \|$", text, re.M)  # the rest is negative in a noisy moment
+    assert len(spent) == len(benchmark.PARTS) + 1 and sum(int(share) for _, share in spent) in range(95, 106)
 
 
 def test_mutants_change_every_function_that_they_name_and_run_tests_that_there_are():
