@@ -2533,15 +2533,14 @@ def waited_for(condition, child=None):
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_real_processes_end_with_their_workers(number, status, minari_root, tmp_path):
     """In an evaluation. Ctrl-C and a scheduler's signal come to the workers too, SIGKILL to the main process alone."""
-    argv = [*SHORT.split(), "--dataset", make_minari(made("Ledger")), "--run-dir", str(tmp_path / "run")]
+    folder = tmp_path / "run"
+    argv = [*SHORT.split(), "--dataset", make_minari(made("Ledger")), "--run-dir", str(folder)]
     command = [sys.executable, erdp.__file__, *argv, "--eval-episodes", "1000000"]
     options = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     options["env"] = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
     with subprocess.Popen(command, start_new_session=True, **options) as child, contextlib.ExitStack() as end:
         end.callback(child.kill)  # if anything fails
-        waited_for(
-            lambda: list(tmp_path.glob("run/checkpoint.pt")) and checkpoint(tmp_path / "run")["step"] == 2, child
-        )
+        waited_for(lambda: (folder / "checkpoint.pt").exists() and checkpoint(folder)["step"] == 2, child)
         time.sleep(1)
         workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
         (os.kill if number == signal.SIGKILL else os.killpg)(child.pid, number)
