@@ -146,7 +146,7 @@ def draw_shares(path: Path, toy: dict[tuple[int, str], Group]):
     """Final return over the share: interquartile means, with bands of their intervals."""
     figure, axis = plt.subplots(figsize=(8, 5))
     shares = shares_of(toy)
-    for name in TOY:
+    for name in dict.fromkeys(name for _, name in toy):
         at = [share for share in shares if (share, name) in toy]
         if len(at) < min(2, len(shares)):  # a single point among lines is not to be seen
             continue
@@ -159,7 +159,8 @@ def draw_shares(path: Path, toy: dict[tuple[int, str], Group]):
     axis.set_xticks(shares, shares)
     axis.minorticks_off()
     axis.invert_xaxis()
-    axis.legend(fontsize="small")
+    if axis.lines:
+        axis.legend(fontsize="small")
     save(figure, path)
 
 

@@ -48,7 +48,7 @@ def minimiser(sde, loss: str, x_t, t, state):
     return (goal - drift) / sde.reverse_sde_step(torch.zeros_like(x_t), t, unit_score, 0.0)
 
 
-def trained(sde, loss: str, updates: int = UPDATES):
+def trained(sde, loss: str, updates: int):
     """A NoiseNetwork after `updates` updates of Adam at 1e-3, the rate falling to 0 over the second half."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def measurements() -> dict:
     found = {}
     for T, loss in itertools.product(STEPS, LOSSES):
         exact, sde = erdp.MeanRevertingSDE(T, dtype=torch.float64), erdp.MeanRevertingSDE(T)
-        network, best = trained(sde, loss), functools.partial(minimiser, exact, loss)
+        network, best = trained(sde, loss, UPDATES), functools.partial(minimiser, exact, loss)
         for clip in (False, True):
             found[loss, clip, "trained", T] = measure(network, sde, clip)
             found[loss, clip, "minimiser", T] = measure(best, exact, clip)
