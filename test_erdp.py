@@ -1770,7 +1770,7 @@ def test_evaluation_does_not_depend_on_how_many_environments_step_together():
     seeds = [record["seed"] for record in Ledger.played]
     assert not set(score(Gambler(), seed=6)["return"]) & set(one["return"]), "another seed plays other episodes"
     for number in (0, 8):
-        with pytest.raises(FloatingPointError, match=f"the episode of seed {seeds[number]} has a return of NaN"):
+        with pytest.raises(FloatingPointError, match=f"episode {number} of the evaluation has a return of NaN"):
             score(Gambler(), num_envs=2, unstable=seeds[number])
     score(Gambler(), num_envs=2, unstable=seeds[9])  # what comes after the last episode does not count
 
@@ -1930,9 +1930,9 @@ def test_runs_leave_a_folder_with_their_settings_and_measurements(finished):
     assert {field.name for field in dataclasses.fields(Args)} < config.keys()
     expected = dict(env="toy", num_critics=2, num_steps=12, batch_size=8, lr=1e-3, run_dir=str(finished), device="cpu")
     expected |= dict(dataset_id="toy-5", transitions=512, data_episodes=256, layout=[2], low=[-1], high=[1])
-    expected["device_name"] = "CPU (1 thread)"
+    expected["device_name"] = "CPU (threads: 1)"
     assert {key: config[key] for key in expected} == expected
-    assert config["versions"].keys() > {"numpy", "minari"} and config["versions"]["torch"] == torch.__version__
+    assert config["versions"].keys() > {"torch", "numpy"} and config["versions"]["torch"] == torch.__version__
     for name, part in itertools.product(("checkpoint.pt", "policy.pt", "policy-best.pt"), ("args", "task")):
         saved = checkpoint(finished, name)[part]
         assert saved == {key: config[key] for key in saved}
@@ -2029,7 +2029,10 @@ def cut(folder, place, number, how, *more) -> int:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(pytest.fail.Exception):
         patch.setattr(*PLACES[place], disturbed)
-        return run(folder, *more)
+        try:
+            return run(folder, *more)
+        except SystemExit as stop:  # within a step
+            return stop.code
 
 
 CUTS = {  # what happens to a run: place, call, how; its status, where it then stands, and what it says
@@ -2095,6 +2098,11 @@ def test_runs_that_are_finished_say_so_and_can_be_extended(finished, tmp_path, c
     assert not (folder / "result.json").exists() and read_json(folder)["num_steps"] == 12
     assert run(folder, "--resume") == 0 and stands(folder) == (12, [4, 8, 10, 12])
     assert_same("10 updates and 2 more", outcome(folder)["agent"], outcome(finished)["agent"])
+
+
+def test_runs_past_their_last_update_end_with_an_evaluation(tmp_path):
+    assert cut(tmp_path / "run", "update", 7, ctrl_c) == 130
+    assert run(tmp_path / "run", "--resume", "--num-steps", "6") == 0 and stands(tmp_path / "run") == (7, [4, 7])
 
 
 @pytest.mark.parametrize("where, step, last", [("a weight", 3, 0), ("Q", 6, 4), ("Q", 12, 8)])
@@ -2442,7 +2450,6 @@ def test_bad_change_of_a_setting_is_refused_by_its_name_for_a_resumed_run_and_in
     names = [flag.split("=")[0].replace("--no-", "--") for flag in CHANGED.split()]
     for flag, name in zip(CHANGED.split(), names):
         refused([*RUN.split(), "--resume", flag], f" was made with {name} ", "give the same", folder=unfinished)
-    refused([*RUN.split(), "--seed=1"], "another run, made with --seed 0, not 1: give the same", folder=unfinished)
     refused(RUN.split(), f"{unfinished} exists: --resume goes on with it, --run-dir names another", folder=unfinished)
     free = "--num-steps --eval-every --eval-episodes --eval-candidates --device --compile --precision --dataset"
     free += " --eval-env --run-dir --resume --eval-only"
@@ -2458,8 +2465,7 @@ def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(ref
     assert_same("begun by --resume", outcome(tmp_path / "run"), outcome(finished))
 
 
-def test_bad_resume_past_the_end_or_on_other_data_or_another_kind_of_device_is_refused(refused, unfinished):
-    refused(["--resume", "--num-steps", "11"], "at update 12", "--num-steps 11", folder=unfinished)
+def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, unfinished):
     refused(["--resume", "--dataset", "toy-21"], "made from other data", "toy-5", folder=unfinished)
     saved = checkpoint(unfinished)
     torch.save(saved | dict(args=saved["args"] | dict(device="cuda:1")), unfinished / "checkpoint.pt")
