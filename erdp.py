@@ -1497,7 +1497,7 @@ def train(args: Args) -> int:
                         run.save()
                     elif time.monotonic() - run.saved > SAVE_EVERY:
                         run.save()
-                        say(f"update {run.step}: {words}")  # for who reads a log file
+                        say(f"update {run.step}: {words}")  # for whoever reads a log file
         if stops:
             run.save()
             say(f"stopped at update {run.step}: --resume goes on from there")
