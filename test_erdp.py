@@ -2457,6 +2457,12 @@ def test_bad_change_of_a_setting_is_refused_by_its_name_for_a_resumed_run_and_in
     assert thought_of == {field.name for field in dataclasses.fields(Args)}
 
 
+def test_resumed_run_of_ten_steps_may_be_given_its_q_time_again(tmp_path):
+    """Its preset has five, of which 7 is none."""
+    argv = ["--num-diffusion-steps", "10", "--q-time", "7", "--num-steps"]
+    assert run(tmp_path / "run", *argv, "1") == 0 and run(tmp_path / "run", "--resume", *argv[2:], "2") == 0
+
+
 def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(refused, finished, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".part-checkpoint.pt").write_bytes(b"PK")  # as a killed process leaves it
@@ -2552,7 +2558,7 @@ def test_real_processes_end_with_their_workers(number, status, minari_root, tmp_
         (os.kill if number == signal.SIGKILL else os.killpg)(child.pid, number)
         out, err = child.communicate(timeout=120)
     assert child.returncode == status and len(workers) >= 2, err
-    assert err == "" and (number == signal.SIGKILL or re.search("stopped .*: --resume goes on from", out))
+    assert number == signal.SIGKILL or (err == "" and re.search("stopped .*: --resume goes on from", out)), err
     waited_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
