@@ -925,7 +925,7 @@ def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
     def maze_of(spec):
         return np.array(spec.kwargs.get("maze_map") or gym.spec(spec.id).kwargs["maze_map"], object)
 
-    with refusing("AntMaze's data must be recorded in a maze", KeyError, AttributeError):
+    with refusing("AntMaze's data must be recorded in a maze", KeyError, AttributeError, gym.error.Error):
         maze, theirs = maze_of(spec), maze_of(recorded)
     for possible in (maze, maze[:, ::-1], maze[::-1]):
         if np.array_equal(possible == 1, theirs == 1):
