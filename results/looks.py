@@ -56,7 +56,7 @@ def seen_table(gains: dict[int, np.ndarray]) -> str:
     lines = []
     for step, first, end in shown:
         x = gains[step][first:end]
-        p, ahead = f"{ttest_1samp(x, 0).pvalue:.2f}", f"{(x > 0).sum()} of {len(x)}"
+        p, ahead = f"{ttest_1samp(x, 0).pvalue:.3f}", f"{(x > 0).sum()} of {len(x)}"
         lines.append([f"{step:,}", f"{first} to {end - 1}", in_words(x), p, ahead])
     return table(["updates", "seeds", "ahead of cloning by", "p", "ahead in"], lines)
 
@@ -69,8 +69,9 @@ def allowed_table(gains: dict[int, np.ndarray]) -> str:
         level = np.quantile(p, 0.05)
         lines.append([name, f"{(p < 0.05).mean():.0%}", f"{level:.3f}", in_words(x, level)])
     correlation = np.corrcoef(x[: len(y)], y)[0, 1]
-    both = (least_p(SEEN[40_000], SEEN[60_000], correlation, DRAWS // 10) < 0.05).mean()
-    lines.append([f"these, and 4 and 5 seeds at 60,000, correlated by {correlation:.2f}", f"{both:.0%}", "", ""])
+    p = least_p(SEEN[40_000], SEEN[60_000], correlation, DRAWS // 10)
+    name, level = f"these, and 4 and 5 seeds at 60,000, correlated by {correlation:.2f}", np.quantile(p, 0.05)
+    lines.append([name, f"{(p < 0.05).mean():.0%}", f"{level:.3f}", in_words(x, level)])
     return table(["looks", "false positives", "level", "ahead of cloning by"], lines)
 
 
