@@ -66,6 +66,21 @@ EQUIVALENT = {
     ("DOMAINS", "reward=lambda reward: (reward - reward.mean()) / (reward.std() or 1),", "1", "2"): (
         "where the deviation is 0, so is what it divides"
     ),
+    ("noise_loss", "return F.mse_loss(eps_hat, eps)", "F.mse_loss(eps_hat, eps)", "F.mse_loss(eps, eps_hat)"): (
+        "a mean squared error is symmetric"
+    ),
+    (
+        "likelihood_loss",
+        "return F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)",
+        "F.mse_loss(sde.reverse_sde_step(x_t, t, score, 0.0), optimal)",
+        "F.mse_loss(optimal, sde.reverse_sde_step(x_t, t, score, 0.0))",
+    ): "a mean squared error is symmetric",
+    (
+        "policy_loss",
+        "weight = args.entropy_coef * weight_of(entropy, lambda_, eps_hat.shape[-1])",
+        "-1",
+        "1",
+    ): "the predicted noise has two axes",
 }
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 OPERATORS |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
