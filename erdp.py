@@ -1175,7 +1175,7 @@ def playing(task: Task, episodes: int):
         yield envs
         envs.close()
     except (EOFError, ConnectionError) as error:  # of a pipe whose other end is gone
-        time.sleep(1)  # a scheduler's signal to all processes may reach this one last
+        time.sleep(0.1)  # until it counts as dead
         if all(process.is_alive() for process in getattr(envs, "processes", ())):
             raise  # of another pipe
         problem = "a process of the evaluation has died, most often for want of memory"
@@ -1305,7 +1305,9 @@ def interruptible():
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stops
-    except Exception:
+    except Exception as error:
+        if isinstance(error, EOFError | ConnectionError):  # of a worker that is gone
+            time.sleep(1)  # a scheduler's signal to all processes may reach this one last
         if not stops:
             raise
         say("stopped within a step: --resume goes on from what was saved before it")

@@ -2012,6 +2012,12 @@ def broken_by(stop):
     raise RuntimeError("the compiler was interrupted")
 
 
+def worker_first():
+    """A signal to all processes, which ends a worker before it reaches this one."""
+    threading.Timer(0.2, sigterm).start()
+    raise EOFError
+
+
 PLACES = {"update": (erdp, "update"), "act": (erdp.Actor, "__call__"), "save": (torch, "save")}
 
 
@@ -2044,6 +2050,7 @@ CUTS = {  # what happens to a run: place, call, how; its status, where it then s
     "Ctrl-C in its last evaluation": ("act", 5, ctrl_c, 130, 12, [4, 8], "stopped at update 12: --resume goes on"),
     "Ctrl-C in a compiler": ("update", 7, lambda: broken_by(ctrl_c), 130, 4, [4], "stopped within a step: --resume"),
     "SIGTERM": ("update", 7, sigterm, 143, 7, [4], "stopped at update 7: --resume goes on"),
+    "SIGTERM that reaches a worker first": ("act", 3, worker_first, 143, 8, [4], "stopped within a step: --resume"),
     "SIGTERM in the last step of an evaluation": ("act", 4, sigterm, 143, 8, [4, 8], "stopped at update 8: --resume"),
     "full disk": ("save", 6, full_disk, 2, 4, [4], "No space left on device"),
     "a broken pipe": ("act", 3, other_pipe, 2, 8, [4], "of another pipe"),
