@@ -81,6 +81,21 @@ EQUIVALENT = {
         "-1",
         "1",
     ): "the predicted noise has two axes",
+    ("minimum", "def minimum(q, beta: float = 0.0, unbiased: bool = False):", "0.0", "1.0"): (
+        "it is there for the table, and not used"
+    ),
+    (
+        "Agent.__init__",
+        "self.critics = QEnsemble(state_dim, action_dim, args.num_critics, args.hidden, bf16).to(device)",
+        "QEnsemble(state_dim, action_dim, args.num_critics, args.hidden, bf16)",
+        "QEnsemble(action_dim, state_dim, args.num_critics, args.hidden, bf16)",
+    ): "the ensemble takes the sum of both",
+    (
+        "Agent.__init__",
+        'options = dict(fused=True, capturable=torch.device(device).type == "cuda")',
+        "torch.device(device).type == 'cuda'",
+        "torch.device(device).type != 'cuda'",
+    ): "it matters on a GPU alone",
 }
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 OPERATORS |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
