@@ -96,6 +96,9 @@ EQUIVALENT = {
         "torch.device(device).type == 'cuda'",
         "torch.device(device).type != 'cuda'",
     ): "it matters on a GPU alone",
+    ("QEnsemble.forward", "x = x.reshape(1, -1, x.shape[-1]).expand(len(biases[0]), -1, -1)", "0", "1"): (
+        "every layer has a bias for each member"
+    ),
 }
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 OPERATORS |= {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
