@@ -1784,6 +1784,13 @@ def actor_of(candidates=6, **choices) -> erdp.Actor:
     return erdp.Actor(agent, dict(a=[1], b=[2, 1]), [-1, 0], [3, 0.5])
 
 
+def test_actor_of_one_sample_draws_nothing_but_its_noise():
+    stream, same = np.random.default_rng(0), np.random.default_rng(0)
+    actor_of(candidates=1)(np.zeros(3, np.float32), stream)
+    same.standard_normal((5, 1, 2), np.float32)
+    assert stream.random() == same.random()
+
+
 def literal_action(actor, state, stream):
     """The action (2,) in one state (3,) by its stream's numbers, and the largest chance that a candidate has."""
     agent, args = actor.agent, actor.agent.args

@@ -96,6 +96,12 @@ EQUIVALENT = {
         "torch.device(device).type == 'cuda'",
         "torch.device(device).type != 'cuda'",
     ): "it matters on a GPU alone",
+    (
+        "Actor.__call__",
+        "low, high = self.low.astype(float), self.high.astype(float)",
+        "self.high.astype(float)",
+        "self.high",
+    ): "what it meets is in float64 already",
     ("QEnsemble.forward", "x = x.reshape(1, -1, x.shape[-1]).expand(len(biases[0]), -1, -1)", "0", "1"): (
         "every layer has a bias for each member"
     ),
