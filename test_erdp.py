@@ -1645,6 +1645,10 @@ def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mi
     for other in (one_wall_less, [list(line) for line in zip(*plain)], [line[::-1] for line in plain[::-1]]):
         with pytest.raises(ValueError, match="recorded in another maze"):
             spec_for(other)
+    recorded = EnvSpec("Elsewhere-v0"), EnvSpec("Hopper-v4"), None  # unknown here, without a maze, not recorded
+    for spec in recorded:
+        with pytest.raises(erdp.UserError, match="must be recorded in a maze"):
+            erdp.same_walls(made("Made", maze_map=MAZE), spec)
 
 
 def toy_reward(x):

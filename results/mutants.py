@@ -102,6 +102,18 @@ EQUIVALENT = {
         "self.high.astype(float)",
         "self.high",
     ): "what it meets is in float64 already",
+    (
+        "toy_episodes",
+        "columns = state, action[..., None], reward, terminal, 0 * terminal",
+        "0 * terminal",
+        "0 / terminal",
+    ): "an episode's last step alone is asked whether it is cut, and has 0 in both",
+    (
+        "load_data",
+        'for number, episode in enumerate(tqdm(data, "reading episodes", delay=3, leave=False, disable=None)):',
+        "3",
+        "4",
+    ): "seconds until the bar shows",
     ("QEnsemble.forward", "x = x.reshape(1, -1, x.shape[-1]).expand(len(biases[0]), -1, -1)", "0", "1"): (
         "every layer has a bias for each member"
     ),
