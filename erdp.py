@@ -1274,7 +1274,7 @@ def load_file(path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != FORMAT:
             raise ValueError("another version of this program made it, which can read it")
-        return saved | dict(args=Args(**saved["args"]), task=Task(**saved["task"]), agent=saved["agent"])
+        return saved | dict(args=Args(**saved["args"]), task=Task(**saved["task"]))
 
 
 def load_policy(path, device="cpu", candidates: int | None = None, compile: bool = False) -> Actor:

@@ -4,7 +4,7 @@
     python results/benchmark.py --env antmaze-medium-play-v0   # with that row's settings: max Q-backup
     python results/benchmark.py --growth                       # and the cost against M, batch size, T and data
     python results/benchmark.py --released CHECKOUT            # and the authors' released code, cloned there
-    python results/benchmark.py --out results/benchmark-cpu.md # also writes the page
+    python results/benchmark.py --out speed.md                 # also writes the tables to a file
 
 Ways of running the same update are timed in turn, slice by slice, in one process, so that a change of the machine's
 speed meets them all; a figure is the median over slices. The ways:
@@ -82,30 +82,14 @@ def released(checkout: Path, args: erdp.Args, data: erdp.Batch):
     if str(checkout) not in sys.path:
         sys.path.append(str(checkout))
     from agents import eql_diffusion
+    from equivalence import their_settings
     from utils.data_sampler import Data_Sampler
 
     eql_diffusion.tqdm = iter  # no progress bar a call
     columns = dict(observations=data.state, actions=data.action, next_observations=data.next_state)
     columns |= dict(rewards=data.reward, terminals=data.terminal)
     sampler = Data_Sampler({name: column.cpu().numpy() for name, column in columns.items()}, args.device)
-    sizes = dict(state_dim=data.state.shape[1], action_dim=data.action.shape[1], num_critics=args.num_critics)
-    agent = eql_diffusion.Diffusion_EQL(
-        **sizes,
-        max_action=1.0,
-        device=args.device,
-        discount=args.discount,
-        tau=args.target_rate,
-        max_q_backup=args.max_q_backup,
-        eta=args.eta,
-        schedule=args.schedule,
-        n_timesteps=args.num_diffusion_steps,
-        lr=args.lr,
-        grad_norm=args.grad_norm,
-        ent_coef=args.entropy_coef,
-        lcb_coef=args.lcb_coef,
-        loss_type="NML" if args.loss == "noise" else "MLL",
-        action_clip=args.clip_denoised,
-    )
+    agent = eql_diffusion.Diffusion_EQL(data.state.shape[1], data.action.shape[1], **their_settings(args))
 
     def step():
         torch.set_float32_matmul_precision("highest")  # PyTorch's own choice
@@ -116,18 +100,17 @@ def released(checkout: Path, args: erdp.Args, data: erdp.Batch):
 
 
 def products(args: erdp.Args, state_dim: int, action_dim: int):
-    """A function that makes the matrix products of one update alone, their operations, and the bytes that they move."""
+    """A function that makes the matrix products of one update alone, and their operations."""
     M, B, H, C = args.num_critics, args.batch_size, args.hidden, 10 if args.max_q_backup else 1
-    calls, operations, moved = [], 0, 0
+    calls, operations = [], 0
 
     def add(times, batch, rows, inner, columns):
-        nonlocal operations, moved
+        nonlocal operations
         shape = (batch,) if batch else ()
         sizes = (*shape, rows, inner), (*shape, inner, columns), (*shape, rows, columns)
         a, b, out = (torch.randn(size, device=args.device) for size in sizes)
         calls.extend([(torch.bmm if batch else torch.mm, a, b, out)] * times)
         operations += 2 * times * max(batch, 1) * rows * inner * columns
-        moved += times * sum(x.nbytes for x in (a, b, out))
 
     fan_in = state_dim + action_dim
     for rows in (B, C * B, B):  # forward: Q, its target, and Q in the policy's step
@@ -146,7 +129,7 @@ def products(args: erdp.Args, state_dim: int, action_dim: int):
         for product, a, b, out in calls:
             product(a, b, out=out)
 
-    return step, operations, moved
+    return step, operations
 
 
 def synchronize(device: str):
@@ -191,7 +174,7 @@ def compare(args: erdp.Args, data: erdp.Batch, sizes: list[int], seconds: float,
     for M in sizes:
         args = dataclasses.replace(args, num_critics=M)
         torch.compiler.reset()  # or a second size would be compiled for any size
-        multiply, operations, _ = products(args, data.state.shape[1], data.action.shape[1])
+        multiply, operations = products(args, data.state.shape[1], data.action.shape[1])
         steps = {way: learner(args, way, data)[0] for way in ways if way != "released"}
         if checkout:
             steps["released"] = released(checkout, args, data)
@@ -262,17 +245,12 @@ def acting(args: erdp.Args, num_critics: int, seconds: float) -> list:
     return [num_critics, K, *speeds, f"{rate['compiled'] / rate['MuJoCo alone']:.0%}", f"{rounding:.1e}"]
 
 
-def parts(args: erdp.Args, data: erdp.Batch, updates: int = 50) -> str:
+def parts(args: erdp.Args, data: erdp.Batch, seconds: float, updates: int = 50) -> str:
     """The table of what one compiled update spends its time on, by PyTorch's profiler."""
     args = dataclasses.replace(args, num_critics=4)
     torch.compiler.reset()
     step, _ = learner(args, "compiled", data)
-    for _ in range(5):
-        step()
-    began = time.perf_counter()
-    for _ in range(updates):
-        step()
-    whole = 1e3 * (time.perf_counter() - began) / updates
+    whole = 1e3 / rates({"compiled": step}, args.device, seconds)["compiled"]
     with torch.profiler.profile() as profiler:
         for _ in range(updates):
             step()
@@ -338,7 +316,7 @@ def main(argv=None):
     text += "\n## Evaluation\n\nEnvironment steps a second of an untrained policy in AntMaze's umaze, 50 candidates. "
     text += "Rounding: by how much an action of compiled acting differs from that of eager acting, at most.\n"
     text += f"\n{table(heads, lines)}\n"
-    text += f"\n## Where an update's time goes\n\n{parts(args, data)}\n"
+    text += f"\n## Where an update's time goes\n\n{parts(args, data, options.seconds / 3)}\n"
     if options.growth:
         text += f"\n## How the cost of an update grows\n\n{growth(args, data, options.seconds / 3)}\n"
     print("\n".join(["", text, *bench]))

@@ -144,20 +144,24 @@ def as_they_draw(noise) -> tuple:
     return x_T, [*steps, x_T]  # at the last step they multiply noise by 0
 
 
+def their_settings(args: erdp.Args) -> dict:
+    """What the authors' agent is given for `args`, beside its sizes."""
+    options = dict(eta=args.eta, lr=args.lr, schedule=args.schedule, n_timesteps=args.num_diffusion_steps)
+    options |= dict(max_q_backup=args.max_q_backup, grad_norm=args.grad_norm, num_critics=args.num_critics)
+    options |= dict(pess_method=args.pessimism, lcb_coef=args.lcb_coef, ent_coef=args.entropy_coef)
+    options |= dict(loss_type=dict(noise="NML", likelihood="MLL")[args.loss], action_clip=args.clip_denoised)
+    return options | dict(max_action=1.0, device=args.device, discount=args.discount, tau=args.target_rate)
+
+
 class Theirs:
     """The authors' agent at update FIRST, made as their main.py makes it."""
 
     def __init__(self, code, args: erdp.Args):
         self.draws = Draws(args)
-        options = dict(eta=args.eta, lr=args.lr, schedule=args.schedule, n_timesteps=args.num_diffusion_steps)
-        options |= dict(max_q_backup=args.max_q_backup, grad_norm=args.grad_norm, num_critics=args.num_critics)
-        options |= dict(pess_method=args.pessimism, lcb_coef=args.lcb_coef, ent_coef=args.entropy_coef)
-        options |= dict(loss_type=dict(noise="NML", likelihood="MLL")[args.loss], action_clip=args.clip_denoised)
-        options |= dict(max_action=1.0, device="cpu", discount=args.discount, tau=args.target_rate)
         data = {name: column.numpy() for name, column in zip(COLUMNS, self.draws.data)}
         with in_float64(), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
             self.sampler = code.sampler.Data_Sampler(data, "cpu")
-            self.agent = agent = code.eql.Diffusion_EQL(*self.draws.sizes, **options)
+            self.agent = agent = code.eql.Diffusion_EQL(*self.draws.sizes, **their_settings(args))
         agent.step = FIRST
         self.networks = agent.actor, agent.ema_model, agent.critic, agent.critic_target
 

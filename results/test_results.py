@@ -392,7 +392,7 @@ def test_diagnosis_of_a_run(tmp_path, monkeypatch, capsys):
 
 
 def test_benchmarks_bound_counts_the_operations_of_the_paper():
-    step, operations, _ = benchmark.products(erdp.Args(num_critics=2), 31, 8)
+    step, operations = benchmark.products(erdp.Args(num_critics=2), 31, 8)
     critic, policy = 39 * 256 + 2 * 256**2, 55 * 256 + 2 * 256**2  # multiplications a row, without the last layers
     backward = 2 * (2 * 256**2) + 2 * 256**2 + 2 * 39 * 256  # of Q: activations, weights; in the policy's step
     assert operations == 2 * 256 * (2 * (3 * critic + backward) + (5 + 3) * policy)
