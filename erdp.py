@@ -1173,7 +1173,8 @@ def playing(task: Task, episodes: int):
         envs = make_envs(task, episodes)
     try:
         yield envs
-        envs.close()
+        with contextlib.suppress(EOFError, ConnectionError):  # of a worker that a signal to all has ended first
+            envs.close()
     except (EOFError, ConnectionError) as error:  # of a pipe whose other end is gone
         time.sleep(0.1)  # until it counts as dead
         if all(process.is_alive() for process in getattr(envs, "processes", ())):

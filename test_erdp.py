@@ -2272,6 +2272,25 @@ def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tm
     assert learn(folder, *argv, "--resume") == 0 and stands(folder) == (4, [2, 4])
 
 
+def test_run_stopped_between_two_steps_needs_no_worker_to_end(minari_root, tmp_path, monkeypatch, capfd):
+    """A scheduler's signal to all processes: its workers are gone when the environments are to be closed."""
+    folder, argv = tmp_path / "run", ["--dataset", make_minari(made("Ledger"))]
+    step = gym.vector.AsyncVectorEnv.step
+
+    def last_step(envs, actions):
+        result = step(envs, actions)
+        for process in envs.processes:
+            process.kill()
+            process.join()
+        sigterm()
+        return result
+
+    monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step", last_step)
+    assert learn(folder, *argv) == 143
+    said = capfd.readouterr()
+    assert said.err == "" and "stopped at update 2" in said.out and multiprocessing.active_children() == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "env, source, sizes",
