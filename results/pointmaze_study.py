@@ -1,10 +1,11 @@
 """The PointMaze study of pointmaze.md, from its runs' metrics and from their last policies' scores.
 
-    python results/pointmaze_study.py                  # from results/pointmaze/, once all 24 runs are there
-    python results/pointmaze_study.py --keep FOLDER    # copies what runs below FOLDER have left into results/pointmaze/
+    python results/pointmaze_study.py                      # fills pointmaze.md and draws its curves, of all 24 runs
+    python results/pointmaze_study.py --keep FOLDER        # copies what runs below FOLDER left to results/pointmaze/
+    python results/pointmaze_study.py --ways CLONING ERDP  # draws the ways of the data and of these two runs' policies
 
-Written before the first comparison was made: the design is pointmaze.md's. Nothing is compared before all runs are
-there, so that nothing that is seen on the way can end the study early.
+Its comparisons were written before the first was made: the design is pointmaze.md's. Nothing is compared before all
+runs are there, so that nothing that is seen on the way can end the study early.
 """
 
 import argparse
@@ -13,23 +14,37 @@ import json
 import shutil
 from pathlib import Path
 
+import minari
 import numpy as np
-from pages import RESULTS, table
+import pointmaze
+from matplotlib import pyplot as plt
+from pages import RESULTS, fill, save, start, table
 from scipy import stats
+
+import erdp
 
 KEPT = RESULTS / "pointmaze"
 ARMS = {"all": "all times", "early": "early times", "cloning": "cloning with critics"}
 SEEDS = range(1, 9)
-LATE = range(20_000, 30_001, 2_500)  # the updates whose evaluations are a run's score
+STEPS = range(2_500, 30_001, 2_500)  # the updates after which a run is evaluated
+LATE = 5  # so many last evaluations are a run's score
+EPISODES = 20  # whose ways are drawn
+
+# ==== 1. Figures ======================================================================================================
 
 
-def run_score(path: Path) -> float:
-    """A run's score: the mean of its last five evaluations. Raises ValueError where one is missing."""
+def curve(path: Path) -> list[float]:
+    """A run's scores at its evaluations (STEPS). Raises ValueError where one is missing."""
     with open(path, newline="") as file:
         scores = {int(row["step"]): float(row["score_mean"]) for row in csv.DictReader(file)}
-    if missing := [step for step in LATE if step not in scores]:
+    if missing := [step for step in STEPS if step not in scores]:
         raise ValueError(f"{path} has no evaluation at update {missing[0]}")
-    return float(np.mean([scores[step] for step in LATE]))
+    return [scores[step] for step in STEPS]
+
+
+def mean_interval(x) -> tuple:
+    """The mean of x (n, ...) over its first axis, and the half width of its 95% interval by Student's t."""
+    return np.mean(x, 0), stats.t.ppf(0.975, len(x) - 1) * stats.sem(x)
 
 
 def paired(a, b) -> dict:
@@ -57,15 +72,15 @@ def keep(top: Path):
         shutil.copy(top / "acting.jsonl", KEPT / "acting.jsonl")
 
 
-def tables(scores: dict, acting: dict) -> str:
-    """The page's tables, from scores[arm] (seeds,) and acting[arm, candidates] (seeds,)."""
+def tables(scores: dict, acting: dict) -> dict[str, str]:
+    """The page's tables and its headline, from scores[arm] (seeds,) and acting[arm, candidates] (seeds,)."""
     rows = []
     for arm, name in ARMS.items():
         columns = scores[arm], acting[arm, 50], acting[arm, 1]
         rows.append([name, *(f"{np.mean(column):.1f} ± {np.std(column):.1f}" for column in columns)])
     arms = table(["arm", "score", "best of 50, last policy", "plain sample, last policy"], rows)
     headline = paired(scores["all"], scores["cloning"])
-    words = "all times less cloning with critics: {mean:+.1f} [{low:.1f}, {high:.1f}], p = {p:.2g}"
+    words = "All times less cloning with critics: {mean:+.1f} [{low:.1f}, {high:.1f}], p = {p:.2g}."
     secondary = {
         "early less all times": (scores["early"], scores["all"]),
         "all times less cloning, plain samples": (acting["all", 1], acting["cloning", 1]),
@@ -77,28 +92,94 @@ def tables(scores: dict, acting: dict) -> str:
     rows = []
     for name, test, p in zip(secondary, found, holm([test["p"] for test in found])):
         rows.append([name, f"{test['mean']:+.1f} [{test['low']:.1f}, {test['high']:.1f}]", f"{p:.2g}"])
-    rest = table(["secondary", "difference, 95% interval", "p by Holm"], rows)
-    return f"{arms}\n\n**Headline**, {words.format(**headline)}\n\n{rest}\n"
+    rest = table(["what", "difference, 95% interval", "p by Holm"], rows)
+    return dict(arms=arms, headline=words.format(**headline), secondary=rest)
 
 
-def main(argv=None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("pointmaze_study.py", description=__doc__, formatter_class=raw)
+# ==== 2. Pictures =====================================================================================================
+
+
+def draw_curves(path: Path, curves: dict):
+    """Scores over updates of each arm, from curves[arm] (seeds, STEPS): means, with bands of their 95% intervals."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for arm, name in ARMS.items():
+        mean, half = mean_interval(curves[arm])
+        (line,) = axis.plot(STEPS, mean, "o-", label=name)
+        axis.fill_between(STEPS, mean - half, mean + half, alpha=0.15, color=line.get_color())
+    axis.axvspan(STEPS[-LATE], STEPS[-1], color="gray", alpha=0.1, label="evaluations that are a run's score")
+    axis.set(xlabel="updates", ylabel="score", title=f"Mean over {len(SEEDS)} seeds, 95% intervals")
+    axis.legend()
+    save(figure, path)
+
+
+def play(folder: Path, env) -> tuple[np.ndarray, float]:
+    """The ways (EPISODES, n + 1, 2) of a run's last policy, as it acts, and the mean of their scores."""
+    policy, task = erdp.load_policy(folder / "policy.pt"), erdp.load_file(folder / "policy.pt")["task"]
+    ways, returns = [], []
+    for e in range(EPISODES):
+        generator, over = np.random.default_rng(e), False
+        observation, _ = env.reset(seed=e)
+        way, total = [observation["achieved_goal"]], 0.0
+        while not over:
+            observation, reward, _, over, _ = env.step(policy(observation, generator))
+            way.append(observation["achieved_goal"])
+            total += reward
+        ways.append(way)
+        returns.append(total)
+    return np.array(ways), float(task.score(np.mean(returns)))
+
+
+def draw_ways(path: Path, folders: list[Path]):
+    """Where the data and the policies of two runs go, cloning's and ERDP's: EPISODES episodes each, in the maze."""
+    data, env = minari.load_dataset(pointmaze.DATASET), pointmaze.make_env()
+    ways = [np.array([episode.observations["achieved_goal"] for episode in data.iterate_episodes(range(EPISODES))])]
+    titles = ["The data: a wanderer"]
+    for name, folder in zip(("Cloning with critics", "ERDP"), folders):
+        way, score = play(folder, env)
+        ways.append(way)
+        titles.append(f"{name}: score {score:.0f}")
+    maze = env.unwrapped.maze
+    cells = [(maze.cell_rowcol_to_xy(np.array(at)), kind) for at, kind in np.ndenumerate(np.array(maze.maze_map, "O"))]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.4))
+    for axis, way, title in zip(axes, ways, titles):
+        for (x, y), kind in cells:
+            if kind == pointmaze.WALL:
+                axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color="0.75"))
+            if kind == pointmaze.GOAL:
+                axis.add_patch(plt.Circle((x, y), 0.45, color="tab:green", alpha=0.4))
+        axis.plot(*way.transpose(2, 1, 0), color="tab:blue", linewidth=0.7, alpha=0.5)
+        axis.plot(*way[:, 0].T, "o", color="black", markersize=4, label="start")
+        axis.plot(*way[:, -1].T, "o", color="tab:orange", markersize=4, label="after 300 steps")
+        axis.set(title=title, aspect="equal", xlim=(-2, 2), ylim=(-2, 2), xticks=[], yticks=[])
+    axes[0].legend(loc="center left")
+    save(figure, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, prog="pointmaze_study.py")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
-    args = parser.parse_args(argv)
+    parser.add_argument("--ways", type=Path, nargs=2, metavar=("CLONING", "ERDP"))
+    args = start(parser, argv)
     if args.keep:
         keep(args.keep)
-        return 0
+        return
+    if args.ways:
+        try:
+            draw_ways(args.out / "pointmaze-ways.png", args.ways)
+        except erdp.UserError as error:
+            parser.error(str(error))
+        return
     lines = (KEPT / "acting.jsonl").read_text().splitlines() if (KEPT / "acting.jsonl").exists() else []
     acted = {(line["run"], line["candidates"]): line["score"] for line in map(json.loads, lines)}
     try:
-        scores = {arm: [run_score(KEPT / f"{arm}__{seed}.csv") for seed in SEEDS] for arm in ARMS}
+        curves = {arm: np.array([curve(KEPT / f"{arm}__{seed}.csv") for seed in SEEDS]) for arm in ARMS}
         acting = {(arm, c): [acted[f"{arm}__{seed}", c] for seed in SEEDS] for arm in ARMS for c in (50, 1)}
     except (OSError, ValueError, KeyError) as error:
-        parser.exit(2, f"pointmaze_study.py: the study is not complete, and nothing is compared before: {error}\n")
-    print(tables(scores, acting), end="")
-    return 0
+        parser.error(f"the study is not complete, and nothing is compared before ({error})")
+    scores = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}
+    fill("pointmaze.md", args.out, **tables(scores, acting))
+    draw_curves(args.out / "pointmaze-curves.png", curves)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

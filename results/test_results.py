@@ -588,24 +588,71 @@ def test_run_all_says_in_one_sentence_what_is_wrong_with_its_words(tmp_path, wor
 # ==== The PointMaze study =============================================================================================
 
 
-def test_pointmaze_study_takes_late_scores_pairs_seeds_and_corrects_by_holm(tmp_path):
-    path = tmp_path / "run.csv"
-    rows = [f"{step},{step / 1000}" for step in range(2500, 30_001, 2500)]
-    path.write_text("\n".join(["step,score_mean", *rows]) + "\n")
-    assert pointmaze_study.run_score(path) == 25, "the mean of 20, 22.5, 25, 27.5 and 30"
-    path.write_text("\n".join(["step,score_mean", *rows[:-1]]) + "\n")
-    with pytest.raises(ValueError, match="no evaluation at update 30000"):
-        pointmaze_study.run_score(path)
-    a, b = np.array([3.0, 5, 4, 8]), np.array([1.0, 4, 1, 4])
-    found, d = pointmaze_study.paired(a, b), a - b
-    half = scipy.stats.t.ppf(0.975, 3) * d.std(ddof=1) / 2
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The figures of 24 made-up runs, kept as the study keeps them: scores (arms, seeds), which are those of LATE."""
+    rng = np.random.default_rng(0)
+    scores, acted = rng.uniform(10, 30, (3, 8)), rng.uniform(10, 30, (3, 8, 2))
+    lines = []
+    for (i, arm), (j, seed) in itertools.product(enumerate(pointmaze_study.ARMS), enumerate(pointmaze_study.SEEDS)):
+        late = scores[i, j] + np.array([-2, 0, 1, 1, 0])
+        rows = [f"{step},{score}" for step, score in zip(range(2500, 30_001, 2500), [*[0.0] * 7, *late])]
+        (tmp_path / f"{arm}__{seed}.csv").write_text("\n".join(["step,score_mean", *rows]) + "\n")
+        run = f"{arm}__{seed}"
+        lines += [json.dumps(dict(run=run, candidates=c, score=acted[i, j, k])) for k, c in enumerate((50, 1))]
+    (tmp_path / "acting.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(pointmaze_study, "KEPT", tmp_path)
+    return scores, acted
+
+
+def test_pointmaze_study_pairs_seeds_takes_late_scores_and_corrects_by_holm(study, tmp_path):
+    scores, acted = study
+    pointmaze_study.main(["--out", str(tmp_path)])
+    page, (every, early, cloning) = (tmp_path / "pointmaze.md").read_text(), scores
+    assert (tmp_path / "pointmaze-curves.png").exists()
+    for name, score, samples in zip(pointmaze_study.ARMS.values(), scores, acted):
+        cells = score, samples[:, 0], samples[:, 1]
+        assert f"| {name} | {' | '.join(f'{x.mean():.1f} ± {x.std():.1f}' for x in cells)} |" in page
+    half = scipy.stats.t.ppf(0.975, 7) * (every - cloning).std(ddof=1) / 8**0.5
+    mean = (every - cloning).mean()
+    assert f"All times less cloning with critics: {mean:+.1f} [{mean - half:.1f}, {mean + half:.1f}], p = " in page
+    line = re.search(r"^\| early less all times \| (\S+) .*", page, re.MULTILINE)
+    assert float(line[1]) == pytest.approx((early - every).mean(), abs=0.05)
+    line = re.search(r"^\| cloning, best of 50 less plain sample \| (\S+) .*", page, re.MULTILINE)
+    assert float(line[1]) == pytest.approx((acted[2, :, 0] - acted[2, :, 1]).mean(), abs=0.05)
     assert pointmaze_study.holm([0.01, 0.04, 0.03, 0.9]) == pytest.approx([0.04, 0.09, 0.09, 0.9])
 
 
-def test_pointmaze_study_compares_nothing_before_all_runs_are_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pointmaze_study, "KEPT", tmp_path)
+@pytest.mark.parametrize("lost", ["all__3.csv", "a line of early__8.csv", "acting.jsonl"])
+def test_pointmaze_study_compares_nothing_before_all_runs_are_there(lost, study, tmp_path, capsys):
+    path = tmp_path / lost.split()[-1]
+    lines = path.read_text().splitlines()
+    path.unlink()
+    if " " in lost:
+        path.write_text("\n".join(lines[:-1]))
     with pytest.raises(SystemExit) as stop:
-        pointmaze_study.main([])
+        pointmaze_study.main(["--out", str(tmp_path)])
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == "" and "not complete" in said.err
+    assert not list(tmp_path.glob("pointmaze*"))
+
+
+@pytest.mark.slow
+def test_pointmaze_study_draws_the_ways_of_two_policies(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(pointmaze, "EPISODES", 3)
+    monkeypatch.setattr(pointmaze_study, "EPISODES", 2)
+    pointmaze.main()
+    small = "--device cpu --num-critics 1 --hidden 8 --batch-size 8 --num-steps 2 --eval-episodes 2".split()
+    run = tmp_path / "run"
+    assert erdp.main(["--dataset", pointmaze.DATASET, *small, "--run-dir", str(run)]) == 0
+    pointmaze_study.main(["--ways", str(run), str(run), "--out", str(tmp_path)])
+    assert (tmp_path / "pointmaze-ways.png").exists()
+    env = pointmaze.make_env()
+    ways, score = pointmaze_study.play(run, env)
+    assert ways.shape == (2, 301, 2) and 0 <= score <= 100
+    cells = {tuple(env.unwrapped.maze.cell_xy_to_rowcol(position)) for position in ways.reshape(-1, 2)}
+    assert cells <= set(pointmaze.WAY), "no way leads through a wall"
+    with pytest.raises(SystemExit):
+        pointmaze_study.main(["--ways", str(run), str(tmp_path / "none"), "--out", str(tmp_path)])
+    assert re.fullmatch("pointmaze_study.py: .*none.*\n", capsys.readouterr().err)
