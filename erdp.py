@@ -421,9 +421,10 @@ Variant = Literal[tuple(VARIANTS)]
 def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args) -> dict:
     """Eq. 15, with L_diff of `args.loss`: the "policy_loss", and its "diffusion_loss", "lcb" and "entropy".
 
-    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample; only Q sees it clamped, without gradient where
-    it is, and not at times after `q_time`. q_data (M, B), for lambda, is Q(s, a) of the batch as `critic_loss`
-    gave it in this step, before the Q update: that saves a pass through the ensemble. Q's weights get no gradient.
+    a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample. Q sees it clamped to the bounds, so that
+    components outside have no gradient, and only at times up to `q_time`; the entropy sees it unclamped. q_data (M, B),
+    for lambda, is Q(s, a) of the batch as `critic_loss` gave it in this step, before the Q update: that saves a pass
+    through the ensemble. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -436,7 +437,7 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     # A mean over the rows that Q sees: with q_time 3 of 5, a row's weight is 5/3 of the paper's.
     value = (pessimistic_value(q, args) * seen).sum() / seen.sum().clamp(min=1)
     scale = q if args.variant == "released" else pessimistic_value(q_data, args)
-    lambda_ = args.eta / scale.abs().mean().detach()  # eta / E|Q(s, a)|
+    lambda_ = args.eta / scale.abs().mean().detach()  # eta / E|Q(s, a)|, Q by Eq. 17; released: each Q_m at a^0-hat
     weight = args.entropy_coef * weight_of(entropy, lambda_, eps_hat.shape[-1])
     bonus = weight * entropy.mean() if args.entropy_coef else 0.0  # with alpha = 0 not even where it is infinite
     loss = l_diff - lambda_ * value - bonus  # Eq. 15
@@ -619,7 +620,7 @@ def use_device(args: Args):
 
     "medium" sends a CPU's float32 products from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN.
     That may round factors to bfloat16, but only with AMX instructions or on ARM; elsewhere products stay float32.
-    On a GPU all products are float32, or (tf32, and what bf16 leaves to others) TF32.
+    On a GPU all products are float32; with --precision tf32 all are TF32; with bf16 all but the ensemble's hidden ones.
     """
     if args.device == "cpu":
         if args.hidden <= 64:
@@ -629,6 +630,14 @@ def use_device(args: Args):
     else:
         torch.cuda.set_device(torch.device(args.device).index or 0)  # which "cuda" alone has not
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")  # high: TF32
+
+
+def try_compiler(args: Args):
+    """Raises UserError where torch.compile is asked for and does not work."""
+    if args.compile:
+        say("compiling, which takes half a minute or more")
+        with refusing("torch.compile does not work here, and --no-compile does without it", Exception):
+            torch.compile(lambda x: x + 1)(torch.zeros(64, device=args.device))
 
 
 # ==== 8. Settings and rows: Tables 1, 2 and 4 =========================================================================
@@ -642,7 +651,7 @@ class Domain(NamedTuple):
     part: str | None = None  # the part of an observation that the policy sees; None: all of it
     goal_ends: bool = False  # an episode of the data ends, terminal, at its first reward
     env: dict = {}  # arguments that make the environment play by D4RL's rule
-    over: Callable = lambda state: False  # ... and the states in which D4RL ends an episode, where it does not
+    over: Callable = lambda state: False  # states that end an episode in D4RL, but not in this environment
 
 
 def sparse_reward(reward):
@@ -925,6 +934,8 @@ def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
     def maze_of(spec):
         return np.array(spec.kwargs.get("maze_map") or gym.spec(spec.id).kwargs["maze_map"], object)
 
+    if recorded is None:
+        raise ValueError("AntMaze's rows need a Minari set, as a file does not say in which maze it was recorded")
     with refusing("AntMaze's data must be recorded in a maze", KeyError, AttributeError, gym.error.Error):
         maze, theirs = maze_of(spec), maze_of(recorded)
     for possible in (maze, maze[:, ::-1], maze[::-1]):
@@ -1065,7 +1076,10 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         say(f"{spec.id} has no time limit: its episodes are cut after {spec.max_episode_steps} steps")
     returns = [reward[: spec.max_episode_steps].sum() for reward in rewards]
     own = [value for value, whole in zip(returns, ended) if whole] or returns  # a file may end within an episode
-    known = {} if isinstance(data, list) or row.domain != "own" else data.storage.metadata
+    own_set = args.env == "own" and not isinstance(data, list)
+    known = data.storage.metadata if own_set else {}
+    known = known.get("ref_min_score"), known.get("ref_max_score")
+    ref_min, ref_max = (row.ref_min, row.ref_max) if None in known else known
     task = Task(
         domain=row.domain,
         dataset_id=args.dataset or row.dataset,
@@ -1074,8 +1088,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         data_episodes=len(own),
         data_return=float(np.mean(own)),
         spec=as_json(spec),
-        ref_min=known.get("ref_min_score") or row.ref_min,
-        ref_max=known.get("ref_max_score") or row.ref_max,
+        ref_min=ref_min,
+        ref_max=ref_max,
         **about,
     )
     return task, Batch(*map(torch.as_tensor, columns))
@@ -1090,7 +1104,6 @@ class Actor:
     def __init__(self, agent: Agent, parts, low, high, dtype="float32"):
         self.agent, self.layout = agent, parts
         self.low, self.high = np.array([low, high], dtype)  # the actions' bounds, in their shape and dtype
-        self.compiled = agent.args.compile  # for one number of states
 
     @torch.no_grad()
     def __call__(self, observation, generator=None) -> np.ndarray:
@@ -1192,7 +1205,7 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
     """Plays `episodes` episodes: their return, success (NaN where the environment has none), length; None if stopped.
 
     Episode e has its own seed and random stream, whichever environment plays it: neither the number of environments
-    nor anything in training changes the result (but for rounding, where acting is compiled).
+    nor anything in training changes the result, but for rounding, which depends on how many states act together.
     """
     K = envs.num_envs
     played = []
@@ -1203,14 +1216,11 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
             streams = [np.random.default_rng(source) for source in sources]
             seeds = [int(source.generate_state(1)[0]) for source in sources]
             state, _ = envs.reset(seed=seeds)
-            actions = np.stack([actor.low] * K)
             alive = wave < episodes
             while alive.any():
                 if stops:  # which a signal fills
                     return None
-                who = np.flatnonzero(alive | getattr(actor, "compiled", False))  # or all of them
-                actions[who] = actor(state[who], [streams[k] for k in who])
-                state, _, _, _, info = envs.step(actions)
+                state, _, _, _, info = envs.step(actor(state, streams))  # also where one has ended, and stands still
                 bar.update(int((alive & info["ended"]).sum()))
                 alive &= ~info["ended"]
             played.append([info["return"], info["success"], info["length"]])
@@ -1246,7 +1256,7 @@ def in_words(row: dict) -> str:
 
 FORMAT = 3  # of the files below
 ACTING = "policy", "critics_target"  # what a policy.pt has of an agent
-SAVE_EVERY = 600  # seconds between two checkpoints at the most, but for an evaluation that takes longer
+SAVE_EVERY = 600  # seconds after a checkpoint when the next reading of the losses saves again
 LOG_EVERY = 100  # updates between two readings of the losses
 
 
@@ -1264,6 +1274,8 @@ def whole_file(path: Path, mode: str = "w"):
         try:
             with open(unfinished, mode) as file:
                 yield file
+                file.flush()
+                os.fsync(file.fileno())
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -1278,11 +1290,14 @@ def load_file(path) -> dict:
         return saved | dict(args=Args(**saved["args"]), task=Task(**saved["task"]))
 
 
-def load_policy(path, device="cpu", candidates: int | None = None, compile: bool = False) -> Actor:
-    """The Actor of a run's policy.pt or checkpoint.pt. Raises UserError where the file is not a whole one."""
+def load_policy(path, device="cpu", **settings) -> Actor:
+    """The Actor of a run's policy.pt or checkpoint.pt: not compiled and in float32, unless `settings` of Args say more.
+
+    Raises UserError where the file is not a whole one.
+    """
     saved = load_file(path)
-    args, task = saved["args"], saved["task"]
-    args = dataclasses.replace(args, compile=compile, eval_candidates=candidates or args.eval_candidates)
+    task = saved["task"]
+    args = dataclasses.replace(saved["args"], **dict(device=device, compile=False, precision="float32") | settings)
     agent = Agent(size(task.layout), np.size(task.low), args, device)
     with refusing(f"{path} is damaged", KeyError, RuntimeError):
         for name in ACTING:
@@ -1309,7 +1324,7 @@ def interruptible():
     except Exception as error:
         if isinstance(error, EOFError | ConnectionError):  # of a worker that is gone
             time.sleep(1)  # a scheduler's signal to all processes may reach this one last
-        if not stops:
+        if not stops or isinstance(error, FloatingPointError | UserError):  # of a loss, of a full disk
             raise
         say("stopped within a step: --resume goes on from what was saved before it")
         sys.exit(128 + stops[0])
@@ -1346,7 +1361,7 @@ class Run:
         self.totals[-1] += 1
 
     def losses(self) -> dict:
-        """The last update's, the only wait for the device. Raises FloatingPointError at a NaN, which is never saved."""
+        """The last update's, for which it waits. Raises FloatingPointError at a NaN, which is never saved."""
         numbers = self.totals, *self.agent.policy.parameters(), *self.agent.critics.parameters()
         finite = torch.stack([x.isfinite().all() for x in numbers]).all()
         *losses, finite = torch.cat([self.latest, finite[None]]).tolist()
@@ -1456,15 +1471,12 @@ def train(args: Args) -> int:
     with refusing(f"{args.dataset or args.env} cannot be learned from"):
         task, data = load_data(args)
     with contextlib.ExitStack() as stack:
-        envs = stack.enter_context(playing(task, args.eval_episodes))  # forked before there are threads, locks or GPUs
+        envs = stack.enter_context(playing(task, args.eval_episodes))  # forked before the lock and the GPU are taken
         with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
         use_device(args)
-        if args.compile:
-            say("compiling, which takes half a minute or more")
-            with refusing("torch.compile does not work here, and --no-compile does without it", Exception):
-                torch.compile(lambda x: x + 1)(torch.zeros(64, device=args.device))  # before the folder has a file
+        try_compiler(args)  # before the folder has a file
         with refusing("the networks and batches cannot be made: give smaller sizes", RuntimeError):
             run = Run(args, task, data, folder)
         if (folder / "checkpoint.pt").exists():
@@ -1533,7 +1545,7 @@ def draw_curve(file, run: Run):
             q = run.agent.critics(torch.zeros_like(action).expand(-1, 2), action).cpu()  # (M, 201)
         action = action.cpu()
         value.plot(action, q.mean(0), label="mean of the ensemble")
-        value.plot(action, lcb(q, run.args.lcb_coef), label=f"LCB, beta = {run.args.lcb_coef:g}")
+        value.plot(action, pessimistic_value(q, run.args), label=f"pessimistic value ({run.args.pessimism})")
         value.set(xlabel="first action", ylabel="Q", title="The learned Q at position 0")
         value.legend()
     figure.savefig(file, format="png")
@@ -1541,7 +1553,7 @@ def draw_curve(file, run: Run):
 
 # ==== 12. The command line ============================================================================================
 
-# Settings that a resumed or evaluated run may change, as but for rounding they do not change what it learns or learned.
+# Settings that a resumed or evaluated run may change: but for rounding, what it learns does not depend on them.
 FREE = set("num_steps device compile precision dataset eval_env eval_every eval_episodes eval_candidates".split())
 FREE |= set("run_dir resume eval_only".split())
 
@@ -1596,7 +1608,9 @@ def evaluate_only(args: Args) -> int:
             raise UserError(f"--eval-env {args.eval_env} has other observations or actions than the policy")
     with playing(task, args.eval_episodes) as envs:
         use_device(args)
-        actor = load_policy(path, args.device, args.eval_candidates, args.compile)
+        try_compiler(args)
+        names = "device", "eval_candidates", "compile", "precision"
+        actor = load_policy(path, **{name: getattr(args, name) for name in names})
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
     return 0

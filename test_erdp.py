@@ -38,7 +38,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, get_args
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock, Mock, call
 
 import filelock
 import gymnasium as gym
@@ -602,6 +602,14 @@ def test_eq13_does_not_hold_for_a_mixture():
     network, a_1 = analytic_predictor(literal_theta("cosine", 5)[1]), torch.linspace(-1, 1, 41, dtype=torch.float64)
     log_slope = last_step(network, a_1[:, None])
     assert log_slope.max() - log_slope.min() > 1, "for a mixture log pi(a^1) - log pi(a^0) is not constant"
+
+
+@given(st.sampled_from(["paper", "released"]), st.sampled_from([3, 5, 20]), st.integers(0, 99))
+def test_eq13_log_density_of_a1_is_a_literal_one(variant, T, seed):
+    """At Eq. 4 of a^0-hat and the predicted noise, or as the released code has it."""
+    a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
+    expected = literal_log_prob(variant, *literal_theta("cosine", T), a_0, eps_hat, a_T)
+    agree("Eq. 13", erdp.policy_log_prob(sde64(T), a_0, eps_hat, a_T, variant), expected, rtol=1e-8, atol=1e-8)
 
 
 @given(cases())
@@ -1173,6 +1181,7 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
             (group,) = optimizer.param_groups
             assert type(optimizer) is torch.optim.Adam and group["lr"] == lr, "Table 4's rate is the policy's"
             assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0)
+            assert group["fused"] and not group["capturable"], "nothing is captured on a CPU"
             assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
 
 
@@ -1645,10 +1654,11 @@ def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mi
     for other in (one_wall_less, [list(line) for line in zip(*plain)], [line[::-1] for line in plain[::-1]]):
         with pytest.raises(ValueError, match="recorded in another maze"):
             spec_for(other)
-    recorded = EnvSpec("Elsewhere-v0"), EnvSpec("Hopper-v4"), None  # unknown here, without a maze, not recorded
-    for spec in recorded:
+    for spec in EnvSpec("Elsewhere-v0"), EnvSpec("Hopper-v4"):  # unknown here, without a maze
         with pytest.raises(erdp.UserError, match="must be recorded in a maze"):
             erdp.same_walls(made("Made", maze_map=MAZE), spec)
+    with pytest.raises(ValueError, match="need a Minari set"):
+        erdp.same_walls(made("Made", maze_map=MAZE), None)  # a file's
 
 
 def toy_reward(x):
@@ -1733,7 +1743,8 @@ class Gambler:
 
     def __call__(self, state, streams):
         assert len(state) == len(streams) and state.shape[1] == 4, "flat observations, a stream each"
-        return np.stack([[s.random() * 2 - 1, 0.1 * clock / 9] for s, clock in zip(streams, state[:, 1])])
+        actions = [[s.random() * 2 - 1, 0.1 * clock / 9] for s, clock in zip(streams, state[:, 1])]
+        return np.array(actions, np.float32)
 
 
 LAYOUT = dict(goal=[1], me=dict(clock=[1], place=[2]))
@@ -2014,13 +2025,14 @@ def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_no
 kill = functools.partial(pytest.fail, "killed")  # which nothing of erdp.py catches
 ctrl_c, sigterm = (functools.partial(signal.raise_signal, number) for number in (signal.SIGINT, signal.SIGTERM))
 full_disk = Mock(side_effect=OSError(28, "No space left on device"))
+no_compiler, found_nan = RuntimeError("a compiler was interrupted"), FloatingPointError("a loss is NaN")
 other_pipe = Mock(side_effect=BrokenPipeError("of another pipe"))
 
 
-def broken_by(stop):
-    """A signal that ends a compiler as well, in an update that is half made."""
+def broken_by(stop, error):
+    """A signal in an update that is half made, and what comes of it or beside it."""
     stop()
-    raise RuntimeError("the compiler was interrupted")
+    raise error
 
 
 def worker_first():
@@ -2059,10 +2071,19 @@ CUTS = {  # what happens to a run: place, call, how; its status, where it then s
     "killed while it saves": ("save", 6, kill, None, 4, [4], ""),
     "Ctrl-C when an evaluation is due": ("update", 8, ctrl_c, 130, 8, [4], "stopped at update 8: --resume goes on"),
     "Ctrl-C in its last evaluation": ("act", 5, ctrl_c, 130, 12, [4, 8], "stopped at update 12: --resume goes on"),
-    "Ctrl-C in a compiler": ("update", 7, lambda: broken_by(ctrl_c), 130, 4, [4], "stopped within a step: --resume"),
+    "Ctrl-C in a compiler": (
+        "update",
+        7,
+        lambda: broken_by(ctrl_c, no_compiler),
+        130,
+        4,
+        [4],
+        "stopped within a step: --resume",
+    ),
     "SIGTERM": ("update", 7, sigterm, 143, 7, [4], "stopped at update 7: --resume goes on"),
     "SIGTERM that reaches a worker first": ("act", 3, worker_first, 143, 8, [4], "stopped within a step: --resume"),
     "SIGTERM in the last step of an evaluation": ("act", 4, sigterm, 143, 8, [4, 8], "stopped at update 8: --resume"),
+    "SIGTERM, and a NaN is found": ("update", 7, lambda: broken_by(sigterm, found_nan), 1, 4, [4], "a loss is NaN"),
     "full disk": ("save", 6, full_disk, 2, 4, [4], "No space left on device"),
     "a broken pipe": ("act", 3, other_pipe, 2, 8, [4], "of another pipe"),
 }
@@ -2077,7 +2098,7 @@ def test_runs_resumed_are_the_uninterrupted_one_bit_for_bit(name, finished, tmp_
     said = capsys.readouterr()
     assert stands(folder) == (step, evaluated)
     assert not list(folder.glob(".part*")), "no part of a file is left"
-    assert words in said.out + said.err and bool(said.err) == (status == 2)
+    assert words in said.out + said.err and bool(said.err) == (status in (1, 2))
     assert not said.err or re.fullmatch("erdp: [^\n]*\n", said.err), "one sentence"
     assert not (folder / "result.json").exists(), "result.json marks a finished run"
     assert run(folder, "--resume") == 0
@@ -2151,7 +2172,20 @@ def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
     assert erdp.main([*RUN.split(), "--run-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     scores = [(float(row["step"]), float(row["score_mean"])) for row in rows_of(tmp_path / "run")]
-    agree("the score while training", figures[0].axes[0].containers[0].lines[0].get_xydata(), scores)
+    score, reward, value = figures[0].axes
+    agree("the score while training", score.containers[0].lines[0].get_xydata(), scores)
+    x, y = reward.lines[0].get_data()
+    agree("the reward", y, toy_reward(x))
+    assert sum(bar.get_height() * bar.get_width() for bar in reward.patches) == pytest.approx(1), "a density"
+    saved = checkpoint(tmp_path / "run")
+    critics = QEnsemble(2, 1, saved["args"]["num_critics"], saved["args"]["hidden"])
+    critics.load_state_dict(saved["agent"]["critics"])
+    action = torch.linspace(-1, 1, 201)[:, None]
+    q = critics(torch.zeros(201, 2), action).detach().double()
+    for line, expected in zip(value.lines, (q.mean(0), q.mean(0) - 4 * q.std(0, correction=0)), strict=True):
+        agree(
+            "Q of the first action at state 0", line.get_xydata(), torch.stack([action[:, 0], expected], 1), rtol=1e-4
+        )
 
 
 def test_runs_are_at_work_in_their_folder_alone(refused, unfinished):
@@ -2173,12 +2207,27 @@ def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_w
         assert in_words(row) in said(name), "the run's own evaluation, again"
         args = Args(**checkpoint(finished, name)["args"])
         assert erdp.load_policy(finished / name).agent.args == args
-        assert erdp.load_policy(finished / name, candidates=1).agent.args == dataclasses.replace(
-            args, eval_candidates=1
-        )
+        one = erdp.load_policy(finished / name, eval_candidates=1)
+        assert one.agent.args == dataclasses.replace(args, eval_candidates=1)
     for other in ("--eval-candidates", "--seed"):
         assert in_words(rows[-1]) not in said("policy.pt", other, "7")
     assert files(finished) == before
+
+
+def test_policies_act_in_float32_and_uncompiled_unless_told_otherwise(finished, tmp_path, monkeypatch, refused):
+    saved, path, critics = checkpoint(finished, "policy.pt"), tmp_path / "policy.pt", []
+    saved["args"] |= dict(precision="bf16", compile=True, device="cuda")
+    torch.save(saved, path)
+    args = erdp.load_policy(path).agent.args
+    assert (args.precision, args.compile, args.device) == ("float32", False, "cpu")
+    assert not erdp.load_policy(path).agent.critics_target.bf16
+    evaluate = erdp.evaluate
+    monkeypatch.setattr(erdp, "evaluate", lambda actor, *a: critics.append(actor.agent.critics) or evaluate(actor, *a))
+    for precision in ("float32", "bf16"):
+        assert erdp.main(["--eval-only", str(path), "--device", "cpu", "--precision", precision]) == 0
+    assert [each.bf16 for each in critics] == [False, True]
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
+    refused(["--eval-only", str(path), "--device", "cpu", "--compile"], "torch.compile does not work here", "compiler")
 
 
 # ==== Data sets and environments, end to end ==========================================================================
@@ -2256,6 +2305,15 @@ def test_eval_only_plays_in_another_environment_if_its_spaces_are_the_policys(re
     refused([*policy, "--eval-env", "Pendulum-v1"], "Pendulum-v1 has other observations or actions than the policy")
     refused([*policy, "--eval-env", "CartPole-v1"], "CartPole-v1", "Discrete(2)")
     refused([*policy, "--eval-env", "Nowhere-v0"], "Nowhere-v0 cannot be made")
+
+
+def test_data_takes_the_sets_own_reference_scores_where_it_has_both(minari_root):
+    for scores, expected in {(-1500.0, 0.0): (-1500, 0), (2.0, None): (0, 100), (None, None): (0, 100)}.items():
+        known = {key: x for key, x in zip(("ref_min_score", "ref_max_score"), scores) if x is not None}
+        dataset = make_minari(made("Ledger"), **known)
+        task, _ = erdp.load_data(erdp.parse(["--dataset", dataset, "--device", "cpu"]))
+        assert (task.ref_min, task.ref_max) == expected
+        shutil.rmtree(minari_root / dataset)
 
 
 def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, capfd):
@@ -2640,8 +2698,8 @@ class NoHostCopies(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
         assert name not in self.REFUSED, f"{name} copies to the host"
-        to_device = name == "to" and any(isinstance(x, str) for x in (*args[1:], *kwargs.values()))
-        assert not to_device, "`to` names a device"
+        named = name == "to" and any(isinstance(x, str) for x in (*args[1:], *kwargs.values()))
+        assert not named, "`to` names a device"  # PyTorch's own clipping gives it the gradients' torch.device
         return function(*args, **kwargs)
 
 
@@ -2663,26 +2721,24 @@ def test_update_checks_see_what_waits_or_draws(code):
         eval(code, dict(torch=torch, x=x))
 
 
-class Prepared:
-    """One update of an agent as a function without arguments, and the tensors that it reads and writes in place."""
+class Prepared(erdp.Run):
+    """A run with a tiny agent of any dtype, whose `learn` is what is captured."""
 
     def __init__(self, device="cpu", dtype=torch.float32, **choices):
-        self.agent = tiny_agent(device, dtype, **choices)
-        args, generator = self.agent.args, torch.Generator().manual_seed(0)
-        self.data = moved(random_batch(100), device, dtype)
-        self.noise = moved(random_noise(args, generator), device, dtype)
-        self.rows = torch.arange(args.batch_size, device=device)
-        self.latest = torch.zeros(len(erdp.METRICS), dtype=dtype, device=device)
-
-    def learn(self):
-        measured = erdp.update(self.agent, Batch(*(column[self.rows] for column in self.data)), self.noise)
-        self.latest.copy_(torch.stack([measured[name] for name in erdp.METRICS]))
+        agent = tiny_agent(device, dtype, **choices)
+        args = dataclasses.replace(agent.args, device=device)
+        task = SimpleNamespace(layout=[3], low=[-1, -1], high=[1, 1], dtype="float32")
+        super().__init__(args, task, random_batch(100), Path())
+        self.agent, self.data = agent, moved(self.data, device, dtype)
+        self.noise = moved(random_noise(args, torch.Generator().manual_seed(0)), device, dtype)
+        self.rows.copy_(torch.arange(args.batch_size))
+        self.latest = self.latest.to(dtype)
 
     def addresses(self) -> dict:
         """data_ptr of every tensor that a replay reads or writes, by name."""
-        agent = self.agent
-        tensors = dict(noise=self.noise, data=self.data, rows=self.rows, latest=self.latest, sde=vars(agent.sde))
-        tensors |= dict(agent=agent.state_dict(), buffers=[dict(agent.policy.named_buffers())])
+        agent, names = self.agent, ("noise", "data", "rows", "latest", "totals")
+        tensors = {name: getattr(self, name) for name in names} | dict(sde=vars(agent.sde), agent=agent.state_dict())
+        tensors |= dict(buffers=[dict(agent.policy.named_buffers())])
         leaves, _ = pytree.tree_flatten_with_path(tensors)
         return {pytree.keystr(path): x.data_ptr() for path, x in leaves if isinstance(x, torch.Tensor)}
 
@@ -2700,16 +2756,7 @@ def test_update_neither_waits_nor_draws_and_works_in_place_at_static_addresses(n
     assert ours.addresses() == before and torch.equal(torch.get_rng_state(), drawn)
     assert any("exp_avg" in key for key in before) and any("sde" in key for key in before)
     assert not any(torch.equal(p, old) for p, old in zip(ours.agent.critics.parameters(), values)), "it learns"
-    assert ours.agent.updates == 4
-
-
-def test_update_works_at_the_same_addresses_after_a_checkpoint_was_loaded():
-    ours, other = Prepared(), Prepared(entropy_coef=0.5)
-    before = ours.addresses()
-    ours.learn()
-    ours.agent.load_state_dict(other.agent.state_dict())
-    after = ours.addresses()
-    assert all(after[key] == where for key, where in before.items())
+    assert ours.agent.updates == 4 and ours.totals[-1] == 4
 
 
 def test_captured_calls_run_thrice_on_a_stream_of_their_own_then_as_replays_of_one_capture(monkeypatch):
@@ -2724,6 +2771,12 @@ def test_captured_calls_run_thrice_on_a_stream_of_their_own_then_as_replays_of_o
         cuda.reset_mock()
         step()
         assert [name for name, *_ in cuda.mock_calls] == expected, f"call {k}"
+        if expected == plain:
+            assert cuda.stream.call_args == call(step.stream), "it runs on the stream of its own"
+            assert cuda.Stream().wait_stream.call_args == call(cuda.current_stream()), "... after what was asked before"
+            assert cuda.current_stream().wait_stream.call_args == call(step.stream), "... and what follows waits for it"
+        elif "run" in expected:
+            assert cuda.graph.call_args == call(step.graph, stream=step.stream)
 
 
 # ==== Compiled and captured updates, and CUDA =========================================================================

@@ -91,12 +91,6 @@ EQUIVALENT = {
         "QEnsemble(action_dim, state_dim, args.num_critics, args.hidden, bf16)",
     ): "the ensemble takes the sum of both",
     (
-        "Agent.__init__",
-        'options = dict(fused=True, capturable=torch.device(device).type == "cuda")',
-        "torch.device(device).type == 'cuda'",
-        "torch.device(device).type != 'cuda'",
-    ): "it matters on a GPU alone",
-    (
         "Actor.__call__",
         "low, high = self.low.astype(float), self.high.astype(float)",
         "self.high.astype(float)",

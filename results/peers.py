@@ -49,7 +49,8 @@ class Policy(nn.Module):
     def forward(self, state, streams=None) -> np.ndarray:
         action = self.net(self.normalise(torch.as_tensor(state, dtype=torch.float32))).double().numpy()
         action = action.reshape(-1, *self.low.shape)
-        return np.clip(self.low + (action + 1) / 2 * (self.high - self.low), self.low, self.high)
+        action = self.low + (action + 1) / 2 * (self.high - self.low)
+        return np.clip(action, self.low, self.high).astype(self.low.dtype)
 
 
 class Regression:
