@@ -76,7 +76,7 @@ class Args(Start):
     # policy
     num_diffusion_steps: int = 5  # T
     schedule: Schedule = "cosine"  # theta_t of Eq. 1 over t
-    loss: Loss = "noise"  # Eq. 5; IR-SDE's likelihood loss (Table 4); or posterior, the latter without its Euler step
+    loss: Loss = "noise"  # noise: Eq. 5; likelihood: Table 4's; posterior: the same without its Euler step
     eta: float = 1.0  # weight of Q-learning in Eq. 12
     q_time: int | None = None  # last diffusion time t whose a^0-hat Q sees in Eq. 12 (None: T, as in the paper)
     entropy_coef: float = 0.01  # alpha of Eq. 12 (with --variant debruijn its default is 0.03)
@@ -328,7 +328,7 @@ def noise_loss(sde, x_0, x_t, t, eps, eps_hat):
 
 
 def likelihood_loss(sde, x_0, x_t, t, eps, eps_hat):
-    """Table 4's: an Euler step of Eq. 3's drift, which is not the posterior mean, against that mean.
+    """Table 4's loss: an Euler step of Eq. 3's drift against the posterior mean (Eq. 40), which it is not.
 
     IR-SDE at 2598d73cde, codes/utils/sde_utils.py:41 and 196; the released code at 145390c935, agents/diffusion.py:75.
     """
@@ -400,7 +400,7 @@ def entropy_estimate(sde, eps_hat, t):
     return A / 2 * math.log(2 * math.pi * math.e) - weight * (eps_hat**2 - var).sum(-1)
 
 
-# Each variant's entropy of the policy (B,), and its weight beside alpha in Eq. 15, of that entropy, lambda and A.
+# For each variant: the policy's entropy (B,), and the factor by which alpha is multiplied in Eq. 15.
 VARIANTS = {
     "paper": (
         lambda sde, a_0, eps_hat, noise: -policy_log_prob(sde, a_0, eps_hat, noise.a_T, "paper"),
@@ -620,7 +620,8 @@ def use_device(args: Args):
 
     "medium" sends a CPU's float32 products from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN.
     That may round factors to bfloat16, but only with AMX instructions or on ARM; elsewhere products stay float32.
-    On a GPU all products are float32; with --precision tf32 all are TF32; with bf16 all but the ensemble's hidden ones.
+    On a GPU all products are float32, or with --precision tf32 all TF32; with bf16 the ensemble's hidden products are
+    bfloat16 and all others TF32.
     """
     if args.device == "cpu":
         if args.hidden <= 64:
