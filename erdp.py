@@ -19,7 +19,6 @@ import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -509,7 +508,7 @@ class Agent:
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.lr, **options)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=args.critic_lr, **options)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)  # on the device: a captured update counts too
-        self.compiled = functools.cache(torch.compile) if args.compile else lambda function: function
+        self.compiled = functools.cache(torch.compile) if args.compile else nn.Identity()
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"updates": self.updates}
@@ -764,7 +763,7 @@ def check_settings(args: Args):
     released, T = args.variant == "released", args.num_diffusion_steps
     least = dict(num_diffusion_steps=2 + released, seed=0, ema_start=0)  # the released entropy term needs t = 2 < T
     least |= dict(lr=1e-12, critic_lr=1e-12, grad_norm=1e-12)
-    most = dict(q_time=T, discount=1, target_rate=1, ema_rate=1)
+    most = dict(q_time=T, discount=1, target_rate=1, ema_rate=1, seed=2**63 - 1)
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, int | float):
@@ -871,9 +870,10 @@ def read_data(args: Args):
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
     folder = minari.storage.get_dataset_path()
-    lock = filelock.FileLock(folder / ".erdp.lock") if os.access(folder, os.W_OK) else contextlib.nullcontext()
+    shared = os.access(folder, os.W_OK)
+    lock = filelock.FileLock(folder / ".erdp.lock", mode=0o666) if shared else contextlib.nullcontext()
     with lock:  # of many that start at once, one downloads and the others wait
-        problem = f"{name} is in {folder}, but damaged or cut off: delete it there"
+        problem = f"{name} is in {folder}, but cannot be read (if it is damaged or cut off, delete it there)"
         if not (folder / name).exists():
             say(f"{name} is not in {folder}: looking for it on Minari's server")
             problem = f"{name} cannot be downloaded; {folder} has {', '.join(minari.list_local_datasets()) or 'no set'}"
@@ -888,6 +888,8 @@ def fetch_d4rl(name: str) -> Path:
     import pooch
 
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
+    if (folder / name).exists():
+        return folder / name
     folder.mkdir(parents=True, exist_ok=True)
     pooch.get_logger().setLevel("WARNING")
     source = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=20)
@@ -961,8 +963,9 @@ def layout(space: gym.Space):
     """How an observation is flattened: the shape of a Box, or the layouts of a Dict's parts."""
     if isinstance(space, gym.spaces.Dict):
         return {key: layout(space[key]) for key in sorted(space)}
-    if not isinstance(space, gym.spaces.Box):
-        raise ValueError(f"observations must be Boxes or Dicts of them, not {space}")
+    image = space.dtype == np.uint8 and len(space.shape or ()) > 1
+    if image or not isinstance(space, gym.spaces.Box):
+        raise ValueError(f"observations must be Boxes, but no images, or Dicts of them, not {space}")
     return list(space.shape)
 
 
@@ -1011,6 +1014,8 @@ class Task:
 def describe_env(env: gym.Env, part: str | None) -> dict:
     """The layout of what the policy sees, a part or all, and the actions' bounds. Raises ValueError where it cannot."""
     space, actions, name = env.observation_space, env.action_space, env.spec.id
+    if any(wrapper.name.startswith("Normalize") for wrapper in env.spec.additional_wrappers):
+        raise ValueError(f"{name} has a wrapper with running statistics, which a policy's file cannot keep")
     if part:
         if part not in getattr(space, "spaces", ()):
             raise ValueError(f"{name} observes {space}, without the part {part!r} that this row's policies see")
@@ -1024,6 +1029,7 @@ def describe_env(env: gym.Env, part: str | None) -> dict:
 
 def as_json(spec: EnvSpec) -> str:
     with refusing(f"{spec.id} cannot be kept in a policy's file, as its arguments are not plain", TypeError):
+        spec.kwargs.pop("render_mode", None)  # nothing is rendered
         return spec.to_json()
 
 
@@ -1053,6 +1059,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
+        if len(state) == len(reward) and terminal[-1:].any() and not isinstance(data, list):
+            state = np.concatenate([state, state[-1:]])  # of a terminal step no next state is needed: any
         steps = slice(min(n, len(state) - 1))  # those whose next state is known
         episodes.append(Batch(state[steps], action[steps], reward[steps], state[1:][steps], terminal[steps]))
         over = [step for step in range(1, n) if domain.over(state[step])]
@@ -1113,7 +1121,8 @@ class Actor:
         One observation, in any shape, gives one action. `generator` is NumPy's, for all states, or a list of one each.
         Raises ValueError where an observation has another size than the policy's.
         """
-        if isinstance(observation, dict) or list(np.shape(observation)) == self.layout:
+        of_env = list(np.shape(observation)) == self.layout and not isinstance(generator, list)
+        if isinstance(observation, dict) or of_env:
             observation = flatten(self.layout, observation)
         state = np.asarray(observation, np.float32)
         if state.ndim not in (1, 2) or state.shape[-1] != size(self.layout):
@@ -1167,8 +1176,10 @@ class OneEpisode(gym.Wrapper):
 def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
     """Environments that step together in worker processes, by default two a thread and at most one an episode."""
 
+    main_process = os.getpid()
+
     def make():
-        if multiprocessing.parent_process():  # in a worker: Ctrl-C is the main process's business
+        if os.getpid() != main_process:  # in a worker: Ctrl-C is the main process's business
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return OneEpisode(gym.make(EnvSpec.from_json(task.spec), disable_env_checker=True), task)
@@ -1235,13 +1246,13 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
     returns, scores = result["return"], task.score(result["return"])
-    success = float(result["success"].mean())
+    success = result["success"]
     return dict(
         return_mean=float(returns.mean()),
         return_std=float(returns.std()),
         score_mean=float(scores.mean()),
         score_std=float(scores.std()),
-        success=None if math.isnan(success) else success,  # None: the environment has none
+        success=None if np.isnan(success).all() else float(np.nan_to_num(success).mean()),  # said by none, or by some
         length=float(result["length"].mean()),
     )
 
@@ -1308,15 +1319,17 @@ def load_policy(path, device="cpu", **settings) -> Actor:
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates; a second one ends the program.
+    """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates. A later one ends the program.
 
     The signal may have reached a compiler or a worker too: an exception that follows from it ends the program in peace.
     """
-    stops = []
+    stops, first = [], math.inf
 
     def stop(number, _):
-        if stops:
+        nonlocal first
+        if time.monotonic() - first > 1:  # sooner it may be the same one, from a scheduler and from run_all.sh
             raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         stops.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1401,6 +1414,7 @@ class Run:
         saved = load_file(path)
         if saved["task"].data_checksum != self.task.data_checksum:
             raise UserError(f"{path} was made from other data than these: give those of {saved['task'].dataset_id}")
+        same_run(saved["args"], self.args, f"{path} was")
         there = saved["args"].device
         if torch.device(there).type != self.generator.device.type:
             raise UserError(f"{path} was made on {there}, and goes on there alone; --eval-only evaluates it anywhere")
@@ -1514,10 +1528,10 @@ def train(args: Args) -> int:
                     elif time.monotonic() - run.saved > SAVE_EVERY:
                         run.save()
                         say(f"update {run.step}: {words}")  # for whoever reads a log file
-        if stops:
-            run.save()
-            say(f"stopped at update {run.step}: --resume goes on from there")
-            return 128 + stops[0]
+            if stops:
+                run.save()
+                say(f"stopped at update {run.step}: --resume goes on from there")
+                return 128 + stops[0]
         run.finish()
         return 0
 

@@ -8,9 +8,9 @@
 #
 # SIZE: full; quick, a small version; toy-sweep, Figure 1's policies at four shares of good steps; or a row of the
 # paper's tables, which has five seeds. A run that was cut off goes on, a finished one is left alone, one that fails does
-# not stop the rest. Ctrl-C or SIGTERM lets the runs save their checkpoints, a second one ends them at once. PYTHON is
-# the interpreter (python), RUNS the runs' folder (runs; quick's are in RUNS/quick), ERDP_DATA a folder of stand-in data
-# for quick, OMP_NUM_THREADS the threads of a run (the cores, divided by J); relative paths start here.
+# not stop the rest. Ctrl-C or SIGTERM lets the runs save their checkpoints, a later second one ends them at once. PYTHON
+# is the interpreter (python), RUNS the runs' folder (runs; quick's are in RUNS/quick), ERDP_DATA a folder of stand-in
+# data for quick, OMP_NUM_THREADS the threads of a run (the cores, divided by J); relative paths start here.
 set -u
 
 declare -A arms=(

@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1512,6 +1513,26 @@ def test_data_pair_states_within_an_episode_and_keep_timeouts_apart_from_termina
     assert (task.transitions, task.data_episodes, task.layout, task.low, task.high) == (6, 3, [2], [-1], [1])
 
 
+def test_data_keep_a_terminal_step_whose_next_state_was_not_recorded():
+    """Minari also takes episodes of as many observations as steps."""
+    short = [episode(k, [1, 2], ended, observations=np.full((2, 2), float(k))) for k, ended in ((0, True), (1, False))]
+    _, data = load(short)
+    assert data.reward.tolist() == [1, 2, 1] and data.terminal.tolist() == [0, 1, 0], "a timeout's next state is needed"
+
+
+def test_data_of_images_or_with_running_statistics_are_refused():
+    with pytest.raises(ValueError, match="no images"):
+        erdp.layout(Dict(a=Box(0, 255, (8, 8, 3), np.uint8)))
+    assert erdp.layout(Box(0, 255, (128,), np.uint8)) == [128], "Atari's memory is none"
+    with pytest.raises(ValueError, match="running statistics"):
+        erdp.describe_env(gym.wrappers.NormalizeObservation(gym.make(made("Made"))), None)
+
+
+def test_data_of_an_environment_that_was_shown_are_evaluated_without_a_window():
+    spec = EnvSpec("Shown-v0", kwargs=dict(render_mode="human", size=2))
+    assert json.loads(erdp.as_json(spec))["kwargs"] == dict(size=2)
+
+
 def test_data_in_a_folder_that_cannot_be_written_are_read_without_a_lock(minari_root, monkeypatch):
     dataset = make_minari(made("Ledger"))
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -1774,6 +1795,17 @@ def test_evaluation_plays_every_episode_once_and_to_its_end():
         agree("returns", result["return"], [sum(record["rewards"]) for record in played])
 
 
+def test_evaluation_in_a_child_process_leaves_its_signals_alone():
+    def child():
+        score(Gambler())
+        os._exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
 def test_evaluation_does_not_depend_on_how_many_environments_step_together():
     one = score(Gambler(), num_envs=1)
     for num_envs, domain in ((2, "toy"), (9, "toy"), (2, "gym")):  # "gym": in worker processes
@@ -1804,6 +1836,15 @@ def test_actor_of_one_sample_draws_nothing_but_its_noise():
     actor_of(candidates=1)(np.zeros(3, np.float32), stream)
     same.standard_normal((5, 1, 2), np.float32)
     assert stream.random() == same.random()
+
+
+def test_actor_can_be_pickled_and_takes_states_by_the_streams_that_it_is_given():
+    actor = pickle.loads(pickle.dumps(actor_of()))
+    state = np.ones((1, 3), np.float32)
+    streams = [[np.random.default_rng(0)] for _ in range(3)]
+    agree("a copy's action", actor(state, streams[0]), actor_of()(state, streams[1]))
+    actor.layout = [1, 3]  # of one observation, as one state of a batch has it
+    agree("an action for each stream", actor(state, streams[2]), actor_of()(state, [np.random.default_rng(0)]))
 
 
 def literal_action(actor, state, stream):
@@ -1973,7 +2014,7 @@ def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monk
 
     def evaluate(*_):
         returns = next(means) + np.array([-2.0, 0, 2])
-        return {"return": returns, "success": np.array([0.0, 1, 1]), "length": np.array([1.0, 2, 6])}
+        return {"return": returns, "success": np.array([math.nan, 1, 1]), "length": np.array([1.0, 2, 6])}
 
     with monkeypatch.context() as patch:
         patch.setattr(erdp, "evaluate", evaluate)
@@ -2035,6 +2076,16 @@ def broken_by(stop, error):
     raise error
 
 
+def twice():
+    """As a scheduler and run_all.sh may both send the same one."""
+    sigterm()
+    sigterm()
+
+
+nan_after_sigterm = functools.partial(broken_by, sigterm, found_nan)
+compiler_after_ctrl_c = functools.partial(broken_by, ctrl_c, no_compiler)
+
+
 def worker_first():
     """A signal to all processes, which ends a worker before it reaches this one."""
     threading.Timer(0.2, sigterm).start()
@@ -2071,19 +2122,12 @@ CUTS = {  # what happens to a run: place, call, how; its status, where it then s
     "killed while it saves": ("save", 6, kill, None, 4, [4], ""),
     "Ctrl-C when an evaluation is due": ("update", 8, ctrl_c, 130, 8, [4], "stopped at update 8: --resume goes on"),
     "Ctrl-C in its last evaluation": ("act", 5, ctrl_c, 130, 12, [4, 8], "stopped at update 12: --resume goes on"),
-    "Ctrl-C in a compiler": (
-        "update",
-        7,
-        lambda: broken_by(ctrl_c, no_compiler),
-        130,
-        4,
-        [4],
-        "stopped within a step: --resume",
-    ),
+    "Ctrl-C in a compiler": ("update", 7, compiler_after_ctrl_c, 130, 4, [4], "stopped within a step: --resume"),
     "SIGTERM": ("update", 7, sigterm, 143, 7, [4], "stopped at update 7: --resume goes on"),
+    "SIGTERM twice at once": ("update", 7, twice, 143, 7, [4], "stopped at update 7: --resume goes on"),
     "SIGTERM that reaches a worker first": ("act", 3, worker_first, 143, 8, [4], "stopped within a step: --resume"),
     "SIGTERM in the last step of an evaluation": ("act", 4, sigterm, 143, 8, [4, 8], "stopped at update 8: --resume"),
-    "SIGTERM, and a NaN is found": ("update", 7, lambda: broken_by(sigterm, found_nan), 1, 4, [4], "a loss is NaN"),
+    "SIGTERM, and a NaN is found": ("update", 7, nan_after_sigterm, 1, 4, [4], "a loss is NaN"),
     "full disk": ("save", 6, full_disk, 2, 4, [4], "No space left on device"),
     "a broken pipe": ("act", 3, other_pipe, 2, 8, [4], "of another pipe"),
 }
@@ -2107,7 +2151,7 @@ def test_runs_resumed_are_the_uninterrupted_one_bit_for_bit(name, finished, tmp_
 
 def test_runs_end_at_once_at_a_second_signal_and_put_handlers_back(tmp_path, capsys):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert cut(tmp_path / "run", "update", 6, lambda: (sigterm(), ctrl_c())) == 130
+    assert cut(tmp_path / "run", "update", 6, lambda: (sigterm(), time.sleep(1.1), ctrl_c())) == 130
     assert capsys.readouterr().err == "" and stands(tmp_path / "run") == (4, [4]), "nothing is saved at a second"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -2394,6 +2438,7 @@ BAD_SETTINGS = {  # what makes no sense on any machine, and words that tyro's bo
     "--variant released --num-diffusion-steps 2": ["--num-diffusion-steps is 2 but must be from 3"],
     "--variant debruijn --env hopper-medium-v2": ["give it --loss noise or --loss posterior"],
     "--precision tf32 --device cpu": ["--precision tf32", "--device cpu"],
+    f"--seed {2**63}": [f"--seed is {2**63}"],
 }
 
 
@@ -2408,7 +2453,7 @@ def test_bad_settings_are_refused_in_a_box(argv, capsys):
 COUNTS = "num_steps batch_size hidden num_critics ema_every eval_every eval_episodes eval_candidates".split()
 LIMITS = {  # values that a setting takes, and values that it refuses
     **dict.fromkeys(COUNTS, ([1, 2**40], [0, -7])),
-    **dict.fromkeys(["seed", "ema_start"], ([0], [-1])),
+    **dict.fromkeys(["seed", "ema_start"], ([0, 2**63 - 1], [-1])),
     "num_diffusion_steps": ([2], [1, 0]),
     "q_time": ([1, 5, None], [0, -1, 6]),
     **dict.fromkeys(["lcb_coef", "entropy_coef", "eta"], ([0.0, 2.0], [-0.001, math.nan, math.inf])),
@@ -2567,6 +2612,11 @@ def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(ref
 
 def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, unfinished):
     refused(["--resume", "--dataset", "toy-21"], "made from other data", "toy-5", folder=unfinished)
+    meanwhile = dataclasses.replace(
+        Args(**checkpoint(unfinished)["args"]), lr=0.5, run_dir=str(unfinished), resume=True
+    )
+    with pytest.raises(erdp.UserError, match="was made with --lr"):  # a checkpoint that came after the settings
+        erdp.train(meanwhile)
     saved = checkpoint(unfinished)
     torch.save(saved | dict(args=saved["args"] | dict(device="cuda:1")), unfinished / "checkpoint.pt")
     refused(["--resume", "--device", "cpu"], "made on cuda:1", "--eval-only", folder=unfinished)
