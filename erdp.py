@@ -1121,8 +1121,7 @@ class Actor:
         One observation, in any shape, gives one action. `generator` is NumPy's, for all states, or a list of one each.
         Raises ValueError where an observation has another size than the policy's.
         """
-        of_env = list(np.shape(observation)) == self.layout and not isinstance(generator, list)
-        if isinstance(observation, dict) or of_env:
+        if isinstance(observation, dict) or list(np.shape(observation)) == self.layout:
             observation = flatten(self.layout, observation)
         state = np.asarray(observation, np.float32)
         if state.ndim not in (1, 2) or state.shape[-1] != size(self.layout):
@@ -1232,7 +1231,8 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
             while alive.any():
                 if stops:  # which a signal fills
                     return None
-                state, _, _, _, info = envs.step(actor(state, streams))  # also where one has ended, and stands still
+                action = actor(state, streams).reshape(envs.action_space.shape)  # also where an episode has ended
+                state, _, _, _, info = envs.step(action)
                 bar.update(int((alive & info["ended"]).sum()))
                 alive &= ~info["ended"]
             played.append([info["return"], info["success"], info["length"]])

@@ -594,9 +594,12 @@ def last_step(network, a_1, T=5):
 @given(st.sampled_from([2, 5, 20]), st.floats(-0.5, 0.5), st.floats(0.1, 1))
 def test_eq13_holds_with_a_constant_for_a_gaussian_policy(T, mean, width):
     """log pi(a^1) - log pi(a^0) is log abs(d a^0 / d a^1), by the change of variables of the last step."""
-    network = analytic_predictor(literal_theta("cosine", T)[1], np.ones(1), np.array([mean]), np.array([width]))
+    _, bar = literal_theta("cosine", T)
+    network = analytic_predictor(bar, np.ones(1), np.array([mean]), np.array([width]))
     log_slope = last_step(network, torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None], T)
-    agree("Eq. 13: the same at every point", log_slope, np.full((13, 1), log_slope[0, 0]), atol=1e-5)
+    decay, var = math.exp(-bar[1]), width**2
+    expected = math.log(decay * var / (decay**2 * (var - 1) + 1))  # of E(a^0 | a^1), by Bayes' rule
+    agree("Eq. 13: the same at every point", log_slope, np.full((13, 1), expected), atol=1e-5)
 
 
 def test_eq13_does_not_hold_for_a_mixture():
@@ -898,20 +901,12 @@ def test_noise_network_equals_a_literal_one_over_any_leading_axes(lead, S, A, hi
 
 def test_noise_network_has_the_papers_sizes_and_pytorchs_initialisation():
     torch.manual_seed(0)
-    network, uniform = NoiseNetwork(11, 3), scipy.stats.uniform(-1, 2)
-    sizes = {"time.0": (32, 16), "time.1": (16, 32)}
-    sizes |= {"layers.0": (256, 30), "layers.1": (256, 256), "layers.2": (256, 256), "layers.3": (3, 256)}
-    shapes = {f"{name}.weight": size for name, size in sizes.items()}
-    shapes |= {f"{name}.bias": size[:1] for name, size in sizes.items()}
-    assert {name: tuple(p.shape) for name, p in network.named_parameters()} == shapes
-    biases = []
-    for name, p in network.named_parameters():
-        of_bound = p * sizes[name.rpartition(".")[0]][1] ** 0.5
-        if name.endswith("weight"):
-            assert_law(f"{name}: uniform in ±1/sqrt(fan-in)", of_bound, uniform, 0.26, comparisons=7)
-        else:
-            biases.append(of_bound)
-    assert_law("biases: uniform in ±1/sqrt(fan-in)", torch.cat(biases), uniform, 0.26, comparisons=7)
+    network = NoiseNetwork(11, 3)
+    torch.manual_seed(0)
+    sizes = (16, 32), (32, 16), (30, 256), (256, 256), (256, 256), (256, 3)
+    layers = torch.nn.ModuleList(torch.nn.Linear(*size) for size in sizes)
+    for ours, theirs in zip(network.parameters(), layers.parameters(), strict=True):
+        agree("as PyTorch makes a layer of this size", ours, theirs, rtol=0, atol=0)
 
 
 OF_A_MEMBER = [f"{kind}.{layer}" for kind in ("weights", "biases") for layer in range(4)]  # what `literal_q` reads
@@ -1400,7 +1395,7 @@ def test_presets_use_a_gpu_that_is_there(monkeypatch):
     for device, precision in (("cpu", "float32"), ("cuda:1", "tf32"), ("cuda", "tf32")):
         args = erdp.parse(["--device", device])
         assert (args.device, args.compile, args.precision) == (device, device != "cpu", precision), "what is its own"
-    assert erdp.parse([]) == args
+    assert erdp.parse([]) == args and erdp.parse(["--dataset", "toy-20"]) == dataclasses.replace(args, dataset="toy-20")
 
 
 def test_use_device_makes_a_gpu_the_current_one_and_gives_small_networks_one_thread(monkeypatch):
@@ -1511,6 +1506,10 @@ def test_data_pair_states_within_an_episode_and_keep_timeouts_apart_from_termina
     assert data.reward.tolist() == [1, 2, 3, 4, 5, 6], "rewards are unchanged"
     assert {x.dtype for x in data} == {torch.float32} and data.reward.shape == data.terminal.shape == (6,)
     assert (task.transitions, task.data_episodes, task.layout, task.low, task.high) == (6, 3, [2], [-1], [1])
+    one = episode(0, [1, 2])
+    others = [episode(0, [1, 3]), episode(0, [1, 2], ended=True), one | dict(actions=one["actions"] + 0.5)]
+    others += [one | dict(observations=one["observations"] + np.eye(3)[:, [row]]) for row in (0, 2)]
+    assert len({load([each])[0].data_checksum for each in (one, *others)}) == 6, "the checksum sees every column"
 
 
 def test_data_keep_a_terminal_step_whose_next_state_was_not_recorded():
@@ -1533,10 +1532,13 @@ def test_data_of_an_environment_that_was_shown_are_evaluated_without_a_window():
     assert json.loads(erdp.as_json(spec))["kwargs"] == dict(size=2)
 
 
-def test_data_in_a_folder_that_cannot_be_written_are_read_without_a_lock(minari_root, monkeypatch):
-    dataset = make_minari(made("Ledger"))
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert erdp.load_data(Args(env="own", dataset=dataset))[0].transitions == 8 and not list(minari_root.glob(".*"))
+def test_data_are_read_under_a_lock_but_in_a_folder_that_cannot_be_written(minari_root, monkeypatch):
+    dataset, lock = make_minari(made("Ledger")), MagicMock()
+    monkeypatch.setattr(filelock, "FileLock", lock)
+    for writable in (True, False):
+        monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
+        assert erdp.load_data(Args(env="own", dataset=dataset))[0].transitions == 8
+        assert lock.mock_calls[1:] == [call().__enter__(), call().__exit__(None, None, None)], "once, and for all of it"
 
 
 MAZE = [[1, 1, 1, 1], [1, "r", 0, 1], [1, "g", 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
@@ -1564,8 +1566,10 @@ def test_data_rewards_are_scaled_by_domain():
         part = "observation" if row.startswith("kitchen") else None
         states = [{part: np.ones((n, 45))} if part else np.ones((n, 45)) for n in (4, 2)]
         halves = [episode(k, rewards[3 * k :][:3], observations=states[k]) for k in (0, 1)]
-        _, data = load(halves, row, states=45, part=part)
+        task, data = load(halves, row, states=45, part=part)
         agree(f"rewards of {row}", data.reward, np.array(expected, np.float32), rtol=1e-6, atol=1e-7)
+        rule = {"terminate_on_tasks_completed", "remove_task_when_completed"} if part else {}
+        assert EnvSpec.from_json(task.spec).kwargs.items() >= dict.fromkeys(rule, True).items(), "by D4RL's rule"
     _, same = load([episode(0, [3, 3], observations=np.ones((3, 45)))], "pen-human-v1", states=45)
     assert same.reward.tolist() == [0, 0], "standardised rewards that do not differ are 0, not NaN"
     refused = {"antmaze-umaze-v0": "rewards of 0 and 1.*sparse", "kitchen-mixed-v0": "without the part 'observation'"}
@@ -1630,10 +1634,11 @@ def load_hdf5(path: Path) -> tuple[erdp.Task, Batch]:
     return erdp.load_data(erdp.parse(in_made(path)))
 
 
-def test_data_hdf5_pairs_rows_as_d4rl_does(tmp_path):
+def test_data_hdf5_pairs_rows_as_d4rl_does(tmp_path, monkeypatch):
     """Row i with row i + 1, but for timeouts and the last row; terminal rows stay and say so."""
     ends = dict(terminals=[0, 1, 0, 0, 1, 1, 0, 0], timeouts=[0, 0, 1, 0, 1, 0, 0, 0])
-    _, data = load_hdf5(d4rl_file(tmp_path / "a.hdf5", 8, **ends))
+    monkeypatch.setenv("HOME", str(d4rl_file(tmp_path / "a.h5", 8, **ends).parent))
+    _, data = load_hdf5("~/a.h5")
     found = torch.stack([data.state[:, 1], data.next_state[:, 0], data.reward, data.terminal], 1)
     assert found.tolist() == [[0, 1, 0, 0], [1, 2, 1, 1], [3, 4, 3, 0], [5, 6, 5, 1], [6, 7, 6, 0]]
 
@@ -1651,9 +1656,9 @@ def test_data_know_what_their_own_episodes_would_have_returned_if_played(tmp_pat
     task, _ = load_hdf5(d4rl_file(tmp_path / "a.hdf5", 7, **ends))
     assert (task.data_return, task.data_episodes) == ((0 + 1 + 2 + 3 + 4) / 2, 2)
     assert load_hdf5(d4rl_file(tmp_path / "a.hdf5"))[0].data_return == 15, "a file within one episode"
-    height = np.array([0.2, 0.2, 0.07, 0.2, 0.07])[:, None] * (np.arange(45) == 26)
+    height = np.array([0.07, 0.07, 0.2, 0.07, 0.2])[:, None] * (np.arange(45) == 26)
     task, pen = load([episode(0, [1, 2, 4, 8], observations=height)], "pen-human-v1", states=45)
-    assert len(pen.reward) == 4 and task.data_return == 3, "D4RL's Pen ends where the pen is dropped"
+    assert len(pen.reward) == 4 and task.data_return == 1, "D4RL's Pen ends after the first step that drops the pen"
 
 
 def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mirror_image(minari_root, capsys):
@@ -1680,6 +1685,10 @@ def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mi
             erdp.same_walls(made("Made", maze_map=MAZE), spec)
     with pytest.raises(ValueError, match="need a Minari set"):
         erdp.same_walls(made("Made", maze_map=MAZE), None)  # a file's
+    registered = EnvSpec("AntMaze_UMaze-v4"), made("Made", maze_map=gym.spec("AntMaze_UMaze-v4").kwargs["maze_map"])
+    assert erdp.same_walls(*registered) == registered[1].kwargs["maze_map"], "a maze that only the registry knows"
+    spec = erdp.make_env(Args(env="antmaze-umaze-v0", eval_env=f"{__name__}:Made")).spec  # a policy's, without data
+    assert (spec.max_episode_steps, spec.kwargs) == (700, dict(continuing_task=False)), "by the row's rule"
 
 
 def toy_reward(x):
@@ -1709,10 +1718,13 @@ def test_toy_data_is_unbalanced_and_follows_the_environment():
             agree("next state", data.next_state[row], state, rtol=1e-5, atol=1e-6)
             agree("reward", [reward, data.reward[row]], [toy_reward(state[0])] * 2, rtol=1e-5)
             assert terminal == data.terminal[row] and not truncated
-    for share, right in ((5, 0.19), (20, 0.29), (50, 0.5)):
-        actions = torch.cat([toy_data(seed, share).action for seed in range(8)])
-        drift = f"a drift of 0.5 in {share}% of the steps, of -0.3 in the rest"
-        agree(drift, (actions > 0.1).double().mean(), right, rtol=0, atol=0.04)
+    x = np.array([-0.7, -0.3, 0.1, 0.5, 0.9])
+    for share in (5, 20, 50):
+        episodes = [erdp.read_data(Args(env="toy", dataset=f"toy-{share}", seed=seed)) for seed in range(80)]
+        actions = np.concatenate([each.actions for each in itertools.chain(*episodes)])  # (40960, 1)
+        good, rest = norm.cdf(x, 0.5, 0.4), norm.cdf(x, -0.3, 0.4)
+        law = f"N(0.5, 0.4^2) in {share}% of the steps, N(-0.3, 0.4^2) in the rest"
+        assert_mean(law, actions <= x, share / 100 * good + (1 - share / 100) * rest, sees=0.03, comparisons=3)
     assert erdp.ROWS["toy"].ref_max == pytest.approx(toy_best(), rel=1e-4)
 
 
@@ -1781,7 +1793,7 @@ def score(actor, episodes=9, num_envs=None, seed=5, domain="toy", **kwargs) -> d
         return erdp.evaluate(actor, envs, episodes, seed)
 
 
-def test_evaluation_plays_every_episode_once_and_to_its_end():
+def test_evaluation_plays_every_episode_once_and_to_its_end(monkeypatch):
     """In waves of as many episodes as there are environments; what those beyond the last episode do does not count."""
     for num_envs in (1, 2, 4, 9):
         result = score(Gambler(), num_envs=num_envs)
@@ -1793,6 +1805,12 @@ def test_evaluation_plays_every_episode_once_and_to_its_end():
         assert min(lengths) == 1 and max(lengths) >= 6, "short and long episodes"
         assert result["length"].tolist() == lengths.tolist() and result["success"].tolist() == (lengths >= 2).tolist()
         agree("returns", result["return"], [sum(record["rewards"]) for record in played])
+    score(Gambler(), episodes=1)
+    assert len(Ledger.played) == 1, "at most one environment an episode"
+    alone = score(lambda *given: Gambler()(*given)[0], episodes=1)  # as where observations are of shape (1, 4)
+    agree("an action without the axis of environments", alone["return"], score(Gambler(), episodes=1)["return"])
+    monkeypatch.setitem(erdp.DOMAINS, "toy", erdp.DOMAINS["toy"]._replace(over=lambda state: state[1] == 3))
+    assert score(Gambler())["length"].tolist() == np.minimum(lengths, 3).tolist(), "D4RL's own end of an episode"
 
 
 def test_evaluation_in_a_child_process_leaves_its_signals_alone():
@@ -1838,13 +1856,10 @@ def test_actor_of_one_sample_draws_nothing_but_its_noise():
     assert stream.random() == same.random()
 
 
-def test_actor_can_be_pickled_and_takes_states_by_the_streams_that_it_is_given():
-    actor = pickle.loads(pickle.dumps(actor_of()))
-    state = np.ones((1, 3), np.float32)
-    streams = [[np.random.default_rng(0)] for _ in range(3)]
-    agree("a copy's action", actor(state, streams[0]), actor_of()(state, streams[1]))
-    actor.layout = [1, 3]  # of one observation, as one state of a batch has it
-    agree("an action for each stream", actor(state, streams[2]), actor_of()(state, [np.random.default_rng(0)]))
+def test_actor_can_be_pickled():
+    actor, state = actor_of(), np.ones((1, 3), np.float32)
+    copy = pickle.loads(pickle.dumps(actor))
+    agree("a copy's action", *(each(state, np.random.default_rng(0)) for each in (copy, actor)))
 
 
 def literal_action(actor, state, stream):
@@ -2040,9 +2055,15 @@ def losses(**changes) -> dict:
 
 
 def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     values = iter(np.arange(1.0, 13.0))
     monkeypatch.setattr(erdp, "update", lambda *_: (v := next(values)) and losses(q=2 * v, critic_loss=v, lcb=-v))
-    assert run(tmp_path / "run", "--eval-every", "5") == 0
+    used = Mock()
+    monkeypatch.setattr(erdp, "use_device", used)
+    assert run(tmp_path / "run", "--eval-every", "5") == 0 and used.call_count == 1
+    scalars = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("losses/lcb")
+    assert [(each.step, each.value) for each in scalars] == [(5, -5), (10, -10), (12, -12)], "TensorBoard has the last"
     rows = checkpoint(tmp_path / "run")["evaluations"]
     found = [(row["step"], row["critic_loss"], row["q"], row["lcb"], row["entropy"]) for row in rows]
     assert found == [(5, 3, 6, -3, 1), (10, 8, 16, -8, 1), (12, 11.5, 23, -11.5, 1)]
@@ -2065,7 +2086,6 @@ def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_no
 
 kill = functools.partial(pytest.fail, "killed")  # which nothing of erdp.py catches
 ctrl_c, sigterm = (functools.partial(signal.raise_signal, number) for number in (signal.SIGINT, signal.SIGTERM))
-full_disk = Mock(side_effect=OSError(28, "No space left on device"))
 no_compiler, found_nan = RuntimeError("a compiler was interrupted"), FloatingPointError("a loss is NaN")
 other_pipe = Mock(side_effect=BrokenPipeError("of another pipe"))
 
@@ -2074,6 +2094,19 @@ def broken_by(stop, error):
     """A signal in an update that is half made, and what comes of it or beside it."""
     stop()
     raise error
+
+
+def full_disk():
+    """As torch.save has it."""
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError as error:
+        raise RuntimeError("PytorchStreamWriter failed writing file") from error
+
+
+def full_disk_after_sigterm():
+    sigterm()
+    full_disk()
 
 
 def twice():
@@ -2120,6 +2153,7 @@ CUTS = {  # what happens to a run: place, call, how; its status, where it then s
     "killed in an update, saved by time": ("update", 12, kill, None, 10, [4, 8], ""),
     "killed in its second evaluation": ("act", 3, kill, None, 8, [4], ""),
     "killed while it saves": ("save", 6, kill, None, 4, [4], ""),
+    "killed before its best policy is kept": ("save", 4, kill, None, 4, [], ""),
     "Ctrl-C when an evaluation is due": ("update", 8, ctrl_c, 130, 8, [4], "stopped at update 8: --resume goes on"),
     "Ctrl-C in its last evaluation": ("act", 5, ctrl_c, 130, 12, [4, 8], "stopped at update 12: --resume goes on"),
     "Ctrl-C in a compiler": ("update", 7, compiler_after_ctrl_c, 130, 4, [4], "stopped within a step: --resume"),
@@ -2129,6 +2163,7 @@ CUTS = {  # what happens to a run: place, call, how; its status, where it then s
     "SIGTERM in the last step of an evaluation": ("act", 4, sigterm, 143, 8, [4, 8], "stopped at update 8: --resume"),
     "SIGTERM, and a NaN is found": ("update", 7, nan_after_sigterm, 1, 4, [4], "a loss is NaN"),
     "full disk": ("save", 6, full_disk, 2, 4, [4], "No space left on device"),
+    "SIGTERM, and a full disk": ("save", 6, full_disk_after_sigterm, 2, 4, [4], "No space left on device"),
     "a broken pipe": ("act", 3, other_pipe, 2, 8, [4], "of another pipe"),
 }
 
@@ -2136,7 +2171,7 @@ CUTS = {  # what happens to a run: place, call, how; its status, where it then s
 @pytest.mark.parametrize("name", CUTS)
 def test_runs_resumed_are_the_uninterrupted_one_bit_for_bit(name, finished, tmp_path, monkeypatch, capsys):
     folder, (place, number, how, status, step, evaluated, words) = tmp_path / "run", CUTS[name]
-    assert erdp.SAVE_EVERY == 600
+    assert (erdp.SAVE_EVERY, erdp.LOG_EVERY) == (600, 100)
     monkeypatch.setattr(erdp, "SAVE_EVERY", 0 if "by time" in name else 600)
     assert cut(folder, place, number, how) == status
     said = capsys.readouterr()
@@ -2175,8 +2210,9 @@ def test_runs_that_are_finished_say_so_and_can_be_extended(finished, tmp_path, c
     assert stands(folder) == (10, [4, 8, 10]), "they end with an evaluation wherever they end"
     before = files(folder)
     capsys.readouterr()
-    assert run(folder, "--resume", "--num-steps", "9") == 0
-    assert capsys.readouterr() == (f"{folder} is finished\n", "") and files(folder) == before
+    for steps in ("9", "10"):
+        assert run(folder, "--resume", "--num-steps", steps) == 0
+        assert capsys.readouterr() == (f"{folder} is finished\n", "") and files(folder) == before
     assert cut(folder, "update", 1, ctrl_c, "--resume") == 130
     assert not (folder / "result.json").exists() and read_json(folder)["num_steps"] == 12
     assert run(folder, "--resume") == 0 and stands(folder) == (12, [4, 8, 10, 12])
@@ -2185,18 +2221,32 @@ def test_runs_that_are_finished_say_so_and_can_be_extended(finished, tmp_path, c
 
 def test_runs_past_their_last_update_end_with_an_evaluation(tmp_path):
     assert cut(tmp_path / "run", "update", 7, ctrl_c) == 130
+    saved = checkpoint(tmp_path / "run")
+    assert 0 < saved["seconds"] < 600
+    torch.save(saved | dict(seconds=1e6), tmp_path / "run" / "checkpoint.pt")
     assert run(tmp_path / "run", "--resume", "--num-steps", "6") == 0 and stands(tmp_path / "run") == (7, [4, 7])
+    assert 1e6 < float(rows_of(tmp_path / "run")[1]["seconds"]) < 1e6 + 600, "with the seconds before it was cut off"
 
 
-@pytest.mark.parametrize("where, step, last", [("a weight", 3, 0), ("Q", 6, 4), ("Q", 12, 8)])
+def test_runs_save_by_time_only_as_long_after_a_save_as_they_say(tmp_path, monkeypatch):
+    """At 100 seconds an update, of the readings at 5, 10 and 15 only the second is more than 600 after a save."""
+    done, saves, save = [], [], erdp.Run.save
+    monkeypatch.setattr(erdp, "update", lambda *_: done.append(0) or losses())
+    monkeypatch.setattr(erdp, "time", SimpleNamespace(monotonic=lambda: 100.0 * len(done)))
+    monkeypatch.setattr(erdp.Run, "save", lambda run: saves.append(run.step) or save(run))
+    assert run(tmp_path / "run", "--num-steps", "18", "--eval-every", "18") == 0
+    assert saves == [0, 10, 18, 18]
+
+
+@pytest.mark.parametrize("where, step, last", [("policy", 3, 0), ("critics", 3, 0), ("Q", 6, 4), ("Q", 12, 8)])
 def test_runs_stop_where_a_number_is_not_finite_and_never_save_it(where, step, last, tmp_path, monkeypatch, capsys):
     """The update in which it is, and the last good checkpoint's."""
     calls, folder = itertools.count(1), tmp_path / "run"
 
     def update(agent, *_):
         bad = next(calls) == step
-        if bad and where == "a weight":
-            agent.policy.layers[0].bias.data[0] = math.nan
+        if bad and where != "Q":
+            next(getattr(agent, where).parameters()).data[0] = math.nan
         return losses(q=-math.inf if bad and where == "Q" else 1.0)
 
     monkeypatch.setattr(erdp, "update", update)
@@ -2237,6 +2287,7 @@ def test_runs_are_at_work_in_their_folder_alone(refused, unfinished):
         refused([*RUN.split(), "--resume"], f"{unfinished} ", "another process is at work", folder=unfinished)
     refused(RUN.split(), "config.json/run cannot be used", "--run-dir", folder=unfinished / "config.json" / "run")
     assert run(unfinished, "--resume") == 0
+    assert erdp.run_folder(Args(run_dir="~/a")) == Path.home() / "a"
 
 
 def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_writes_nothing(finished, capsys):
@@ -2253,7 +2304,7 @@ def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_w
         assert erdp.load_policy(finished / name).agent.args == args
         one = erdp.load_policy(finished / name, eval_candidates=1)
         assert one.agent.args == dataclasses.replace(args, eval_candidates=1)
-    for other in ("--eval-candidates", "--seed"):
+    for other in ("--eval-candidates", "--eval-episodes", "--seed"):
         assert in_words(rows[-1]) not in said("policy.pt", other, "7")
     assert files(finished) == before
 
@@ -2267,9 +2318,15 @@ def test_policies_act_in_float32_and_uncompiled_unless_told_otherwise(finished, 
     assert not erdp.load_policy(path).agent.critics_target.bf16
     evaluate = erdp.evaluate
     monkeypatch.setattr(erdp, "evaluate", lambda actor, *a: critics.append(actor.agent.critics) or evaluate(actor, *a))
-    for precision in ("float32", "bf16"):
-        assert erdp.main(["--eval-only", str(path), "--device", "cpu", "--precision", precision]) == 0
-    assert [each.bf16 for each in critics] == [False, True]
+    used, compiled = [], []
+    monkeypatch.setattr(erdp, "use_device", lambda args: used.append(args.precision))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    for precision, flag in (("float32", "--no-compile"), ("bf16", "--compile")):
+        assert erdp.main(["--eval-only", str(path), "--precision", precision, flag]) == 0
+    assert [each.bf16 for each in critics] == [False, True] and used == ["float32", "bf16"]
+    assert compiled[1:] == [erdp.act]
+    refused(["--eval-only", str(path), "--lcb-coef", "1"], f"{path} was made with --lcb-coef 4.0, not 1.0")
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
     refused(["--eval-only", str(path), "--device", "cpu", "--compile"], "torch.compile does not work here", "compiler")
 
@@ -2357,6 +2414,9 @@ def test_data_takes_the_sets_own_reference_scores_also_one_of_0(minari_root):
         task, _ = erdp.load_data(erdp.parse(["--dataset", dataset, "--device", "cpu"]))
         assert (task.ref_min, task.ref_max) == expected
         shutil.rmtree(minari_root / dataset)
+    dataset = make_minari(made("Made", maze_map=MAZE), [episode(0, [0])], ref_min_score=-5.0, ref_max_score=5.0)
+    task, _ = erdp.load_data(Args(env="antmaze-umaze-v0", dataset=dataset))
+    assert (task.ref_min, task.ref_max) == (0, 1), "a row keeps D4RL's"
 
 
 def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, capfd):
@@ -2520,10 +2580,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "hdf5: wide observations": (hdf5(observations=np.zeros((6, 3))), ["(6, 3)", "(7, 2)"]),
     "hdf5: a number": (hdf5(rewards=1.0), ["a.hdf5"]),
     "hdf5: infinite in float32": (hdf5(observations=np.full((6, 2), 1e39)), ["NaN or infinity"]),
-    "hdf5: NaN in the last state": (
-        hdf5(observations=[[0.0, 0.0]] * 5 + [[math.nan] * 2]),
-        ["NaN or infinity", "next_state"],
-    ),
+    "hdf5: NaN in the last state": (hdf5(observations=[[0.0, 0.0]] * 5 + [[math.nan] * 2]), ["infinity", "next_state"]),
     "hdf5: action outside": (hdf5(actions=np.full((6, 1), 1.1)), ["5 of its 5 actions are outside", "0.1: clip"]),
     "hdf5: all timeouts": (hdf5(timeouts=np.ones(6)), ["no transition"]),
     "hdf5: no row": (hdf5(0), ["lengths [0, 0, 0, 0, 0]"]),
@@ -2531,10 +2588,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "fewer goals": (minari_set(damage=fewer_goals), ["made/data-v0"]),
     "half of the data": (minari_set(damage=half_of_it), ["made/data-v0", "delete"]),
     "discrete actions": (minari_set("CartPole-v1"), ["Discrete(2)"]),
-    "unbounded actions": (
-        minari_set(made("Ledger", low=[-1] * 60, high=[math.inf] * 60)),
-        ["a Box of floats with 0 < high - low < 1e6"],
-    ),
+    "unbounded actions": (minari_set(made("Ledger", low=[-1] * 60, high=[math.inf] * 60)), ["0 < high - low < 1e6"]),
     "bounds without width": (minari_set(made("Ledger", low=[-1, 1], high=[1, 1])), ["0 < high - low"]),
     "huge bounds": (minari_set(made("Ledger", low=[-5e5] * 2, high=[5e5] * 2)), ["high - low < 1e6"]),
     "evaluation: it cannot be made": (minari_set(eval_env=made("Nowhere")), ["cannot be made"]),
@@ -2542,6 +2596,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
 }
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_in_one_sentence(name, refused, minari_root, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -2574,6 +2629,9 @@ def test_hdf5_is_downloaded_whole_and_once_for_all_processes(tmp_path, monkeypat
         server.shutdown()
     assert found == [[0, 1, 2, 3, 4]] * 4 and asked == [f"/{name}"]
     assert files(tmp_path / "d4rl") == {Path(name): content}
+    shutil.copytree(tmp_path / "d4rl", tmp_path / ".d4rl" / "datasets")  # where D4RL itself keeps them
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("D4RL_DATASET_DIR")
     task, _ = erdp.load_data(Args(env="hopper-medium-v2"))  # the server is gone
     assert (EnvSpec.from_json(task.spec).id, task.ref_max, len(task.low)) == ("Hopper-v4", 3234.3, 3)
 
@@ -2606,6 +2664,8 @@ def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(ref
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".part-checkpoint.pt").write_bytes(b"PK")  # as a killed process leaves it
     refused(["--resume"], str(tmp_path / "run" / "checkpoint.pt"), "--run-dir", "--env")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    assert run(tmp_path / "other", "--num-steps", "1") == 0, "such a file is nothing to be kept"
     assert run(tmp_path / "run", "--resume", "--env", "toy") == 0
     assert_same("begun by --resume", outcome(tmp_path / "run"), outcome(finished))
 
@@ -2623,9 +2683,11 @@ def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, 
 
 
 def test_bad_sizes_for_the_memory_are_refused_and_mistakes_keep_their_traceback(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused(["--device", "cuda:2"], "--device cuda:2 is not there: PyTorch sees cpu, cuda, cuda:0, cuda:1")
     for error in (MemoryError, torch.OutOfMemoryError):
         monkeypatch.setattr(erdp, "load_data", Mock(side_effect=error))
-        refused(["--env", "toy"], "needs more memory than there is")
+        refused(["--env", "toy", "--device", "cpu"], "needs more memory than there is")
     monkeypatch.setattr(erdp, "load_data", Mock(side_effect=KeyError("a mistake")))
     with pytest.raises(KeyError, match="a mistake"):
         erdp.main(["--env", "toy"])
@@ -2642,7 +2704,8 @@ def test_bad_files_of_a_run_are_refused(name, argv, refused, unfinished):
     refused(argv, f"{path} is no policy or checkpoint of this program", "another version", folder=unfinished)
     without = [{k: v for k, v in whole.items() if k != key} for key in whole]
     agents = [{k: v for k, v in whole["agent"].items() if k != key} for key in whole["agent"]]
-    for content in [*without, *(whole | dict(agent=agent) for agent in agents), whole | dict(args={}), "a text"]:
+    code = type("Code", (), dict(__reduce__=lambda _: (open, (str(unfinished / "made"), "w"))))()  # runs if it is read
+    for content in [*without, *(whole | dict(agent=agent) for agent in agents), whole | dict(args={}), "a text", code]:
         torch.save(content, path)
         refused(argv, str(path), folder=unfinished)
 
@@ -2658,7 +2721,7 @@ def test_help_shows_the_rows_own_settings(capsys):
 PLAIN = dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")  # a terminal without Unicode
 CPU = "--device cpu --num-steps 20 --eval-every 20 --eval-episodes 1 --run-dir run"
 REAL = {  # arguments, environment variables, status, and what stderr must be
-    "no renderer": ("--env hopper-medium-v2 --dataset a.h5", dict(MUJOCO_GL="osmesa"), 2, "erdp: a.h5 .*"),
+    "no renderer": ("--env hopper-medium-v2 --dataset a.h5", dict(MUJOCO_GL="osmesa"), 2, "erdp: a.h5 .*no transition"),
     "no Unicode": ("--dataset ü.hdf5", PLAIN, 2, "erdp: .*hdf5 .*"),
     "no compiler": (f"{CPU} --compile", dict(CXX="no-compiler"), 2, "erdp: torch.compile .*--no-compile .*"),
     "a run": (CPU, PLAIN, 0, ""),
@@ -2670,9 +2733,10 @@ REAL = {  # arguments, environment variables, status, and what stderr must be
 def test_real_processes_say_one_sentence_of_bad_input_or_nothing(name, tmp_path):
     argv, env, status, words = REAL[name]
     command = [sys.executable, erdp.__file__, *argv.split()]
+    before = {d4rl_file(tmp_path / "a.h5", sizes=(11, 3), timeouts=np.ones(6)).relative_to(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300)
     assert done.returncode == status and re.fullmatch(f"{words}\n" if words else "", done.stderr), done
-    assert status == 0 or not files(tmp_path), "before anything is written"
+    assert status == 0 or files(tmp_path).keys() == before, "before anything is written"
 
 
 def waited_for(condition, child=None):
@@ -2752,15 +2816,7 @@ class NoHostCopies(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-WAITS = [
-    "x.sum().item()",
-    "x[x > 0]",
-    "bool(x.sum() > 0)",
-    "x.nonzero()",
-    "x.to(device='cpu')",
-    "x.cpu()",
-    "x.tolist()",
-]
+WAITS = "x.sum().item()", "x[x > 0]", "bool(x.sum() > 0)", "x.nonzero()", "x.to(device='cpu')", "x.cpu()", "x.tolist()"
 
 
 @pytest.mark.parametrize("code", [*WAITS, "torch.randn(3)", "x.uniform_()"])
@@ -2806,6 +2862,16 @@ def test_update_neither_waits_nor_draws_and_works_in_place_at_static_addresses(n
     assert any("exp_avg" in key for key in before) and any("sde" in key for key in before)
     assert not any(torch.equal(p, old) for p, old in zip(ours.agent.critics.parameters(), values)), "it learns"
     assert ours.agent.updates == 4 and ours.totals[-1] == 4
+
+
+def test_compile_is_of_the_sampler_both_losses_and_acting_and_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    ours = Prepared(compile=True)
+    for _ in range(2):
+        ours.learn()
+        ours.actor(np.zeros(3))
+    assert compiled == [erdp.sample_actions, erdp.critic_loss, erdp.policy_loss, erdp.act]
 
 
 def test_captured_calls_run_thrice_on_a_stream_of_their_own_then_as_replays_of_one_capture(monkeypatch):
