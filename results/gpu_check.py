@@ -68,9 +68,7 @@ class Check:
         return dataclasses.replace(args, **changes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the parts share
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== What the parts share ============================================================================================
 def learner(args: erdp.Args, way: str):
     """A function that makes one update on random data, in one of benchmark.py's ways, and its agent."""
     torch.compiler.reset()  # or a second size would be compiled for any size
@@ -148,9 +146,7 @@ def ending(said: str, lines: int = 15) -> str:
     return "```\n" + "\n".join(said.strip().splitlines()[-lines:]) + "\n```"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts: each prints its figures as Markdown, and returns whether all is well
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== The parts: each prints its figures as Markdown, and returns whether all is well =================================
 def machine(check: Check) -> bool:
     """What this was run on."""
     print(benchmark.machine(check.device))
@@ -262,7 +258,7 @@ def repeating(check: Check) -> bool:
 PENDULUM = """
 import importlib.util, sys, types
 if importlib.util.find_spec("gymnasium_robotics") is None:  # nothing of it is needed here
-    sys.modules["gymnasium_robotics"] = types.ModuleType("gymnasium_robotics")
+    sys.modules["gymnasium_robotics"] = types.SimpleNamespace(__version__="none")
 import erdp
 def make_envs(*args, make=erdp.make_envs):
     envs = make(*args)
@@ -391,9 +387,7 @@ NOT_REACHED = "not reached", ""
 NOT_REHEARSED = "memory-full", "memory"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of them
-# ---------------------------------------------------------------------------------------------------------------------
+# ==== All of them =====================================================================================================
 def run_part(name: str, words: list[str], seconds: float) -> tuple[str, str]:
     """The verdict on a part, and what it printed; where it failed, also the end of its error output."""
     command = [sys.executable, __file__, "--part", name, *words]

@@ -1,7 +1,7 @@
 """The PointMaze study of pointmaze.md, from its runs' metrics and from their last policies' scores.
 
     python results/pointmaze_study.py                      # fills pointmaze.md and draws its curves, of all 24 runs
-    python results/pointmaze_study.py --keep FOLDER        # copies what runs below FOLDER left to results/pointmaze/
+    python results/pointmaze_study.py --keep FOLDER        # takes up runs below FOLDER, and scores their policies
     python results/pointmaze_study.py --ways CLONING ERDP  # draws the ways of the data and of these two runs' policies
 
 Its comparisons were written before the first was made: the design is pointmaze.md's. Nothing is compared before all
@@ -17,6 +17,7 @@ from pathlib import Path
 import minari
 import numpy as np
 import pointmaze
+import runs
 from matplotlib import pyplot as plt
 from pages import RESULTS, fill, save, start, table
 from scipy import stats
@@ -25,6 +26,8 @@ import erdp
 
 KEPT = RESULTS / "pointmaze"
 ARMS = {"all": "all times", "early": "early times", "cloning": "cloning with critics"}
+OPTIONS = {"all": {}, "early": dict(q_time=3), "cloning": dict(eta=0.0, entropy_coef=0.0)}
+COMMON = dict(num_critics=4, num_steps=30_000, eval_every=2_500, eval_episodes=10)
 SEEDS = range(1, 9)
 STEPS = range(2_500, 30_001, 2_500)  # the updates after which a run is evaluated
 LATE = 5  # so many last evaluations are a run's score
@@ -64,12 +67,45 @@ def holm(p: list[float]) -> list[float]:
 
 
 def keep(top: Path):
-    """Copies metrics.csv of each run below `top`, and acting.jsonl, into results/pointmaze/."""
+    """Copies metrics.csv of each of the study's runs below `top` into results/pointmaze/, as <arm>__<seed>.csv.
+
+    Of ended runs it also scores the last policy, by both ways of acting, into acting.jsonl, where that is not done.
+    """
+    if not (paths := sorted(top.rglob("metrics.csv"))):
+        raise erdp.UserError(f"there is no run below {top}")
     KEPT.mkdir(exist_ok=True)
-    for path in sorted(top.glob("*/metrics.csv")):
-        shutil.copy(path, KEPT / f"{path.parent.name}.csv")
-    if (top / "acting.jsonl").exists():
-        shutil.copy(top / "acting.jsonl", KEPT / "acting.jsonl")
+    for path in paths:
+        config = runs.read_folder(path.parent).config
+        arm = next((arm for arm, options in OPTIONS.items() if runs.arm_of(config) == COMMON | options), None)
+        if arm is None or config["dataset_id"] != pointmaze.DATASET:
+            print(f"{path.parent} is no run of the study, and left out")
+            continue
+        name = f"{arm}__{config['seed']}"
+        shutil.copy(path, KEPT / f"{name}.csv")
+        for candidates in (50, 1) if (path.parent / "result.json").exists() else ():
+            if (name, candidates) not in acted():
+                line = dict(run=name, candidates=candidates) | act(path.parent, candidates)
+                with open(KEPT / "acting.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+def act(folder: Path, candidates: int, episodes: int = 100) -> dict:
+    """How a run's last policy scores, as `--eval-only` does it."""
+    task = erdp.load_file(folder / "policy.pt")["task"]
+    actor = erdp.load_policy(folder / "policy.pt", eval_candidates=candidates)
+    erdp.register_robots()
+    with erdp.playing(task, episodes) as envs:
+        returns = erdp.evaluate(actor, envs, episodes, actor.agent.args.seed)["return"]
+    scores = task.score(returns)
+    figures = dict(score=scores.mean(), deviation=scores.std(), **{"return": returns.mean()})
+    return dict(episodes=episodes) | {name: round(float(value), 2) for name, value in figures.items()}
+
+
+def acted() -> dict:
+    """The scores in acting.jsonl, by run and number of candidates."""
+    path = KEPT / "acting.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(line["run"], line["candidates"]): line["score"] for line in map(json.loads, lines)}
 
 
 def tables(scores: dict, acting: dict) -> dict[str, str]:
@@ -160,20 +196,16 @@ def main(argv=None):
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     parser.add_argument("--ways", type=Path, nargs=2, metavar=("CLONING", "ERDP"))
     args = start(parser, argv)
-    if args.keep:
-        keep(args.keep)
-        return
-    if args.ways:
+    if args.keep or args.ways:
         try:
-            draw_ways(args.out / "pointmaze-ways.png", args.ways)
+            keep(args.keep) if args.keep else draw_ways(args.out / "pointmaze-ways.png", args.ways)
         except erdp.UserError as error:
             parser.error(str(error))
         return
-    lines = (KEPT / "acting.jsonl").read_text().splitlines() if (KEPT / "acting.jsonl").exists() else []
-    acted = {(line["run"], line["candidates"]): line["score"] for line in map(json.loads, lines)}
     try:
+        scored = acted()
         curves = {arm: np.array([curve(KEPT / f"{arm}__{seed}.csv") for seed in SEEDS]) for arm in ARMS}
-        acting = {(arm, c): [acted[f"{arm}__{seed}", c] for seed in SEEDS] for arm in ARMS for c in (50, 1)}
+        acting = {(arm, c): [scored[f"{arm}__{seed}", c] for seed in SEEDS] for arm in ARMS for c in (50, 1)}
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"the study is not complete, and nothing is compared before ({error})")
     scores = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}

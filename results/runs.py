@@ -60,11 +60,14 @@ def read_folder(folder: Path) -> Run:
 
 
 def start_q(folder: Path, env: str) -> dict | None:
-    """Q of the toy's policy in the state that episodes start in; None of other tasks, and where none was left."""
+    """Q of the toy's policy in the state that episodes start in; None of other tasks, and where none can be read."""
     path = folder / "policy.pt"
     if env != "toy" or not path.exists():
         return None
-    agent = erdp.load_policy(path).agent
+    try:
+        agent = erdp.load_policy(path).agent
+    except UserError:  # of another version, or damaged: the scores stand without it
+        return None
     with torch.no_grad():
         q = agent.critics_target(torch.zeros(len(ACTIONS), 2), ACTIONS)  # (M, 41)
     values = dict(mean=q.mean(0), pessimistic=erdp.pessimistic_value(q, agent.args))
@@ -171,8 +174,6 @@ def identity(run: Run) -> tuple:
     """What tells runs apart: the fields of a Group but the last, and the seed."""
     config, name = run.config, without_home(run.config["dataset_id"])
     own_name = erdp.ROWS[config["env"]].dataset
-    if name.endswith(erdp.HDF5) and config["dataset"] is None:
-        name = own_name
     score = config.get("data_score")
     score = None if config["env"] == "toy" or score is None else round(score, 1)
     arm = tuple(arm_of(config).items())
