@@ -1085,10 +1085,9 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         say(f"{spec.id} has no time limit: its episodes are cut after {spec.max_episode_steps} steps")
     returns = [reward[: spec.max_episode_steps].sum() for reward in rewards]
     own = [value for value, whole in zip(returns, ended) if whole] or returns  # a file may end within an episode
-    own_set = args.env == "own" and not isinstance(data, list)
-    known = data.storage.metadata if own_set else {}
-    known = known.get("ref_min_score"), known.get("ref_max_score")
-    ref_min, ref_max = (row.ref_min, row.ref_max) if None in known else known
+    known = data.storage.metadata if args.env == "own" and not isinstance(data, list) else {}
+    own_scores = known.get("ref_min_score"), known.get("ref_max_score")
+    ref_min, ref_max = (row.ref_min, row.ref_max) if None in own_scores else own_scores
     task = Task(
         domain=row.domain,
         dataset_id=args.dataset or row.dataset,
@@ -1624,8 +1623,8 @@ def evaluate_only(args: Args) -> int:
     with playing(task, args.eval_episodes) as envs:
         use_device(args)
         try_compiler(args)
-        names = "device", "eval_candidates", "compile", "precision"
-        actor = load_policy(path, **{name: getattr(args, name) for name in names})
+        settings = dict(eval_candidates=args.eval_candidates, compile=args.compile, precision=args.precision)
+        actor = load_policy(path, args.device, **settings)
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
     return 0
