@@ -23,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -1321,8 +1322,10 @@ def interruptible():
     """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates. A later one ends the program.
 
     The signal may have reached a compiler or a worker too: an exception that follows from it ends the program in peace.
+    Python hands signals to its main thread alone: in another one, as a sweep's agent may start, nothing is filled.
     """
     stops, first = [], math.inf
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def stop(number, _):
         nonlocal first
@@ -1331,7 +1334,7 @@ def interruptible():
         first = min(first, time.monotonic())
         stops.append(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stops
     except Exception as error:

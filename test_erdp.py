@@ -2419,6 +2419,14 @@ def test_data_takes_the_sets_own_reference_scores_also_one_of_0(minari_root):
     assert (task.ref_min, task.ref_max) == (0, 1), "a row keeps D4RL's"
 
 
+def test_run_in_another_thread_than_the_main_one_as_in_a_sweep(minari_root, tmp_path):
+    argv, statuses = ["--dataset", make_minari(made("Ledger"))], []
+    thread = threading.Thread(target=lambda: statuses.append(learn(tmp_path / "run", *argv)))
+    thread.start()
+    thread.join()
+    assert statuses == [0] and stands(tmp_path / "run") == (4, [2, 4])
+
+
 def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, capfd):
     """It dies within a step of the second evaluation."""
     folder, doom = tmp_path / "run", tmp_path / "doom"
