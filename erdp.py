@@ -32,7 +32,10 @@ from typing import Literal, NamedTuple
 
 import filelock
 import gymnasium as gym
+import h5py
+import minari
 import numpy as np
+import pooch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,9 +50,9 @@ from tqdm import tqdm
 class Start:
     """The settings that say which run is meant. They are read first, as the defaults of all others follow from them."""
 
-    env: Env = "toy"  # a row of the paper's tables, the toy of Figure 1, or own: the --dataset in its own environment
+    env: Literal[tuple(ROWS)] = "toy"  # a row of the tables, Figure 1's toy, or own: --dataset in its environment
     dataset: str | None = None  # a Minari id or an .hdf5 file in D4RL's layout, in place of the row's own data
-    variant: Variant = "paper"  # the paper; what its authors' code computes; or the paper with de Bruijn's entropy term
+    variant: Literal[tuple(VARIANTS)] = "paper"  # the paper; its authors' code; or the paper with de Bruijn's entropy
     seed: int = 0  # seeds weights, batches, noise, evaluation and the toy's data
     device: str = "cpu"  # cpu, cuda or cuda:N (where there is a GPU, the default is cuda, with --compile and TF32)
     run_dir: str | None = None  # the run's folder (None: runs/<env or data set>__<variant>__<seed>)
@@ -69,14 +72,14 @@ class Args(Start):
     # critics
     num_critics: int = 64  # M, the size of the ensemble
     lcb_coef: float = 4.0  # beta of Eq. 17
-    pessimism: Pessimism = "lcb"  # lcb: Eq. 17, with independent targets; min: clipped double Q, with a shared target
+    pessimism: Literal[tuple(PESSIMISM)] = "lcb"  # lcb: Eq. 17, independent targets; min: clipped double Q, one target
     max_q_backup: bool = False  # whether a target takes the best of 10 next actions
     critic_lr: float = 3e-4  # learning rate of the critics, the same in every domain of the paper
     target_rate: float = 0.005  # at which Q's targets follow ("eta" in Algorithm 1, which is not the eta of Eq. 12)
     # policy
     num_diffusion_steps: int = 5  # T
-    schedule: Schedule = "cosine"  # theta_t of Eq. 1 over t
-    loss: Loss = "noise"  # noise: Eq. 5; likelihood: Table 4's; posterior: the same without its Euler step
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"  # theta_t of Eq. 1 over t
+    loss: Literal[tuple(LOSSES)] = "noise"  # noise: Eq. 5; likelihood: Table 4's; posterior: that without Euler's step
     eta: float = 1.0  # weight of Q-learning in Eq. 12
     q_time: int | None = None  # last diffusion time t whose a^0-hat Q sees in Eq. 12 (None: T, as in the paper)
     entropy_coef: float = 0.01  # alpha of Eq. 12 (with --variant debruijn its default is 0.03)
@@ -93,7 +96,7 @@ class Args(Start):
     eval_env: str | None = None  # an environment in place of the row's or the data's: an id, module:id or module:Class
     # speed
     compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling
-    precision: Precision = "float32"  # of products: tf32 is CUDA's; bf16: in the ensemble's hidden layers
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products; tf32 is CUDA's, bf16 the ensemble's
 
     def __post_init__(self):
         check_settings(self)
@@ -116,7 +119,6 @@ SCHEDULES = {
     "linear": lambda k, T: np.linspace(1, 200, T),
     "vp": lambda k, T: 1 - np.exp(-0.1 / T - 4.95 * (2 * k - 1) / T**2),
 }
-Schedule = Literal[tuple(SCHEDULES)]
 
 
 class MeanRevertingSDE:
@@ -255,7 +257,7 @@ class QEnsemble(nn.Module):
         for weight, bias in zip(weights[1:-1], biases[1:-1]):
             product = (h.bfloat16() @ weight.bfloat16()).float() if self.bf16 else h @ weight
             h = mish(product + bias)  # (M, N, H)
-        q = (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)  # (M, N): no product, so that Mish fuses with it
+        q = (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)  # (M, N): by a sum, which fuses with Mish
         return q.reshape(-1, *action.shape[:-1])
 
 
@@ -346,7 +348,6 @@ def posterior_loss(sde, x_0, x_t, t, eps, eps_hat):
 
 # L_diff of Eq. 15: mean squared errors for the predicted noise eps_hat (B, A), given x_t = sde.diffuse(x_0, t, eps).
 LOSSES = {"noise": noise_loss, "likelihood": likelihood_loss, "posterior": posterior_loss}
-Loss = Literal[tuple(LOSSES)]
 
 
 def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
@@ -365,20 +366,16 @@ def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
     return likelihood + prior - evidence
 
 
-DEBRUIJN_ALPHA = 0.03  # default alpha of --variant debruijn: chosen on the toy with 20% of good steps (entropy.md)
-GAUSSIAN_WITHIN = 0.01  # nats an action dimension: nearer to a standard Gaussian, x_t counts as one
-
-
 def entropy_weights(sde):
     """w_t = theta'_t / var_t (T,) for t = 1..T, but 0 where x_t says nothing more of x_0 (cosine, T = 5: after t = 2).
 
-    There, with x_0 in [-1, 1]^A, x_t is standard Gaussian to within GAUSSIAN_WITHIN: its KL divergence from that and
-    what its entropy lacks are at most -1/2 log var_t a dimension, as H(x_t) >= H(x_t | x_0). These times would add at
-    most 0.03 nats an action dimension to `entropy_estimate`, but have most of the weight.
+    There, with x_0 in [-1, 1]^A, x_t is standard Gaussian to within 0.01 nats a dimension: its KL divergence from that
+    and what its entropy lacks are at most -1/2 log var_t, as H(x_t) >= H(x_t | x_0). These times would add at most
+    0.03 nats a dimension to `entropy_estimate`, but have most of the weight.
     """
     t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
     var = sde.var(0, t)  # (T, 1)
-    informative = (-0.5 * var.log() >= GAUSSIAN_WITHIN) | (t == 1)[:, None]
+    informative = (-0.5 * var.log() >= 0.01) | (t == 1)[:, None]
     weight = sde.between(t - 1, t) / var * informative
     return weight[:, 0].to(sde.dtype)
 
@@ -415,7 +412,6 @@ VARIANTS = {
         lambda entropy, lambda_, A: 1 / A,  # nats an action dimension, over which L_diff is a mean too
     ),
 }
-Variant = Literal[tuple(VARIANTS)]
 
 
 def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: Args) -> dict:
@@ -423,8 +419,8 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
 
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample. Q sees it clamped to the bounds, so that
     components outside have no gradient, and only at times up to `q_time`; the entropy sees it unclamped. q_data (M, B),
-    for lambda, is Q(s, a) of the batch as `critic_loss` gave it in this step, before the Q update: that saves a pass
-    through the ensemble. Q's weights get no gradient.
+    for lambda, is Q(s, a) as `critic_loss` gave it, before the Q update, which saves a pass through the ensemble. Q's
+    weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -466,20 +462,12 @@ def lcb(q, beta: float = 4.0, unbiased: bool = False):
     The divisor is M (`unbiased`: M - 1, as the released code). One member has no deviation, and where all members agree
     the gradient of the deviation is taken as 0.
     """
-    if len(q) == 1:
-        return q[0]
-    var = q.var(0, correction=int(unbiased))
-    agree = var == 0
-    return q.mean(0) - beta * var.masked_fill(agree, 1).sqrt().masked_fill(agree, 0)
+    var = q.var(0, correction=int(unbiased and len(q) > 1))
+    std = var.clamp(min=torch.finfo(q.dtype).tiny).sqrt()  # its gradient would be infinite at 0
+    return q.mean(0) - beta * std
 
 
-def minimum(q, beta: float = 0.0, unbiased: bool = False):
-    """Clipped double Q's value: the least over the first axis, (M, ...) -> (...)."""
-    return q.amin(0)
-
-
-PESSIMISM = {"lcb": lcb, "min": minimum}
-Pessimism = Literal[tuple(PESSIMISM)]
+PESSIMISM = {"lcb": lcb, "min": lambda q, beta, unbiased: q.amin(0)}  # min: clipped double Q's value
 
 
 def pessimistic_value(q, args: Args):
@@ -616,12 +604,12 @@ class Captured:
 
 
 def use_device(args: Args):
-    """Sets for this process the GPU or the CPU's threads, and how products are computed.
+    """Sets for this process the GPU or the CPU's threads, and how products are computed; tries the compiler.
 
     "medium" sends a CPU's float32 products from MKL, which uses no AVX-512 on AMD and takes twice as long, to oneDNN.
     That may round factors to bfloat16, but only with AMX instructions or on ARM; elsewhere products stay float32.
     On a GPU all products are float32, or with --precision tf32 all TF32; with bf16 the ensemble's hidden products are
-    bfloat16 and all others TF32.
+    bfloat16 and all others TF32. Raises UserError where torch.compile is asked for and does not work.
     """
     if args.device == "cpu":
         if args.hidden <= 64:
@@ -631,10 +619,6 @@ def use_device(args: Args):
     else:
         torch.cuda.set_device(torch.device(args.device).index or 0)  # which "cuda" alone has not
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")  # high: TF32
-
-
-def try_compiler(args: Args):
-    """Raises UserError where torch.compile is asked for and does not work."""
     if args.compile:
         say("compiling, which takes half a minute or more")
         with refusing("torch.compile does not work here, and --no-compile does without it", Exception):
@@ -678,7 +662,7 @@ DOMAINS = {
         reward=lambda reward: (reward - reward.mean()) / (reward.std() or 1),
         # The pen was dropped: D4RL at 89141a689b, hand_manipulation_suite/pen_v0.py:85-87, and what state 26 is in
         # Gymnasium-Robotics at df28ecdb8e, envs/adroit_hand/adroit_pen.py:105
-        over=lambda state: state[26] < 0.075,
+        over=lambda state: len(state) > 26 and state[26] < 0.075,
     ),
     "kitchen": Domain(
         LIKELIHOOD | dict(eta=0.005, grad_norm=10.0),
@@ -741,15 +725,13 @@ for level in ("human", "cloned"):
 for level in ("complete", "partial", "mixed"):
     ROWS[f"kitchen-{level}-v0"] = Row("kitchen", f"D4RL/kitchen/{level}-v2", None, 280, 0.0, 4.0)
 ROWS["own"] = Row("own", None, None, None, 0.0, 100.0)
-Env = Literal[tuple(ROWS)]
-Precision = Literal["float32", "tf32", "bf16"]
 
 
 def preset(env: str, variant: str = "paper", device: str = "") -> Args:
     """The paper's settings for `env`, on `device` or this machine's own."""
     args = Args(env=env, **DOMAINS[ROWS[env].domain].settings)
     if variant == "debruijn":
-        args.entropy_coef = DEBRUIJN_ALPHA
+        args.entropy_coef = 0.03  # chosen on the toy with 20% of good steps (entropy.md)
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
     args.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -803,17 +785,7 @@ def refusing(problem: str, *also: type[Exception]):
         raise UserError(f"{problem}: {reason.splitlines()[0][:300]}") from error
 
 
-class Episode(NamedTuple):
-    """A recorded episode of n steps, with the names that Minari has for its own."""
-
-    observations: np.ndarray  # (n + 1, S), or (n, S) where the one after the last step is not known
-    actions: np.ndarray  # (n, ...) within the environment's bounds
-    rewards: np.ndarray  # (n,)
-    terminations: np.ndarray  # (n,) 0 or 1
-    truncations: np.ndarray  # (n,) 0 or 1
-
-
-def toy_episodes(seed: int, share: float = 0.05, episodes: int = 256) -> list[Episode]:
+def toy_episodes(seed: int, share: float = 0.05, episodes: int = 256) -> list[minari.EpisodeData]:
     """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
     away = rng.random((episodes, 2)) < 1 - share
@@ -825,16 +797,15 @@ def toy_episodes(seed: int, share: float = 0.05, episodes: int = 256) -> list[Ep
     reward = ToyEnv.reward(position[:, 1:])  # (E, 2)
     terminal = np.tile([0.0, 1.0], (episodes, 1))
     columns = state, action[..., None], reward, terminal, 0 * terminal
-    return [Episode(*each) for each in zip(*columns)]
+    return [minari.EpisodeData(number, *each, infos={}) for number, each in enumerate(zip(*columns))]
 
 
-def hdf5_episodes(path: Path) -> list[Episode]:
+def hdf5_episodes(path: Path) -> list[minari.EpisodeData]:
     """The episodes of a file in D4RL's layout. As there, row i is paired with row i + 1, but for timeouts and the last.
 
-    Of an episode that ends by a timeout, or with the file, the state after its last step is not known.
+    Of an episode that ends by a timeout, or with the file, the state after its last step is not known: it has n
+    observations for n steps, and others n + 1.
     """
-    import h5py
-
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
     with refusing(f"{path} is not in D4RL's layout of {', '.join(keys)}", KeyError, TypeError), h5py.File(path) as file:
         columns = [file[key][()] for key in keys]
@@ -848,7 +819,8 @@ def hdf5_episodes(path: Path) -> list[Episode]:
     for first, end in zip([0, *ends], ends):
         steps = slice(first, end)
         states = state[first : end if timeout[end - 1] else end + 1]
-        episodes.append(Episode(states, action[steps], reward[steps], terminal[steps], timeout[steps]))
+        columns = action[steps], reward[steps], terminal[steps], timeout[steps]
+        episodes.append(minari.EpisodeData(len(episodes), states, *columns, infos={}))
     return episodes
 
 
@@ -867,8 +839,6 @@ def read_data(args: Args):
         return hdf5_episodes(Path(os.path.expanduser(name)) if args.dataset else fetch_d4rl(name))
     if not re.search(r"-v\d+$", name):
         raise ValueError("it is no .hdf5 file, nor a Minari id with its version, such as D4RL/pen/human-v2")
-    import minari
-
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
     folder = minari.storage.get_dataset_path()
     shared = os.access(folder, os.W_OK)
@@ -886,17 +856,15 @@ def read_data(args: Args):
 
 def fetch_d4rl(name: str) -> Path:
     """The path of a file of D4RL's, which is downloaded at first use."""
-    import pooch
-
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
-    if (folder / name).exists():
-        return folder / name
-    folder.mkdir(parents=True, exist_ok=True)
-    pooch.get_logger().setLevel("WARNING")
-    source = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=20)
-    with filelock.FileLock(folder / f".{name}.lock"):
-        with refusing(f"{name} cannot be downloaded, fetch it by hand and save it in {folder}", Exception):
-            return Path(pooch.retrieve(D4RL_SERVER + name, None, name, folder, downloader=source))
+    if not (folder / name).exists():
+        pooch.get_logger().setLevel("WARNING")
+        source = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=20)
+        problem = f"{name} cannot be downloaded, fetch it by hand and save it in {folder}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with refusing(problem, Exception), filelock.FileLock(folder / f".{name}.lock"):
+            pooch.retrieve(D4RL_SERVER + name, None, name, folder, downloader=source)
+    return folder / name
 
 
 def register_robots():
@@ -910,8 +878,12 @@ def register_robots():
         gym.register_envs(gymnasium_robotics)
 
 
-def make_env(args: Args, data=None) -> gym.Env:
-    """The environment of --eval-env, else the row's, else the one that the Minari set `data` names, by D4RL's rule."""
+def describe_env(args: Args, data=None) -> tuple[EnvSpec, dict]:
+    """The environment of --eval-env, else the row's, else the one that the Minari set `data` names, by D4RL's rule.
+
+    Returns its specification, and the layout of what the policy sees and the actions' bounds. Raises ValueError or
+    UserError where it cannot be made, or no policy could act in it.
+    """
     row = ROWS[args.env]
     domain = DOMAINS[row.domain]
     if row.domain != "toy" or args.eval_env:
@@ -921,15 +893,27 @@ def make_env(args: Args, data=None) -> gym.Env:
         raise ValueError("it names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
     with refusing(f"the environment {name or recorded.id} cannot be made", Exception):
         options = dict(disable_env_checker=True, max_episode_steps=row.max_steps, **domain.env)
-        if name is None:
-            env = data.recover_environment(eval_env=True, **options)
-        elif re.search(r":\w+$", name):  # module:Class
-            env = gym.make(EnvSpec(f"{name.rpartition(':')[2]}-v0", entry_point=name), **options)
-        else:
-            env = gym.make(name, **options)
+        if name and re.search(r":\w+$", name):  # module:Class
+            name = EnvSpec(f"{name.rpartition(':')[2]}-v0", entry_point=name)
+        env = gym.make(name, **options) if name else data.recover_environment(eval_env=True, **options)
+    env.close()
+    spec, space, actions = env.spec, env.observation_space, env.action_space
     if domain.goal_ends and data is not None:
-        env = gym.make(env.spec, disable_env_checker=True, maze_map=same_walls(env.spec, recorded))
-    return env
+        spec.kwargs["maze_map"] = same_walls(spec, recorded)
+    if any(wrapper.name.startswith("Normalize") for wrapper in spec.additional_wrappers):
+        raise ValueError(f"{spec.id} has a wrapper with running statistics, which a policy's file cannot keep")
+    if domain.part:
+        if domain.part not in getattr(space, "spaces", ()):
+            raise ValueError(f"{spec.id} observes {space}, without the part {domain.part!r} that its policies see")
+        space = gym.spaces.Dict({domain.part: space[domain.part]})
+    box = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
+    width = actions.high.astype(float) - actions.low if box else np.zeros(1)
+    if not ((width > 0) & (width < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
+        raise ValueError(f"{spec.id} has the actions {actions}, not a Box of floats with 0 < high - low < 1e6")
+    if recorded:
+        say_differences(recorded, spec)
+    bounds = dict(low=actions.low.tolist(), high=actions.high.tolist(), dtype=actions.dtype.name)
+    return spec, dict(layout=layout(space), **bounds)
 
 
 def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
@@ -954,7 +938,7 @@ def say_differences(recorded: EnvSpec, spec: EnvSpec):
     """Says in one line where the environment of the evaluation differs from the data's."""
     about = [json.loads(as_json(each)) for each in (recorded, spec)]
     theirs, ours = (dict(id=x["id"], max_episode_steps=x["max_episode_steps"]) | x["kwargs"] for x in about)
-    pairs = {name: (theirs.get(name), ours.get(name)) for name in theirs | ours}
+    pairs = {name: (theirs.get(name, "its default"), ours.get(name, "its default")) for name in theirs | ours}
     words = [f"{name} {str(a)[:30]} / {str(b)[:30]}" for name, (a, b) in pairs.items() if a != b]
     if words:
         say(f"the data were recorded / are evaluated with {', '.join(words)}")
@@ -964,8 +948,7 @@ def layout(space: gym.Space):
     """How an observation is flattened: the shape of a Box, or the layouts of a Dict's parts."""
     if isinstance(space, gym.spaces.Dict):
         return {key: layout(space[key]) for key in sorted(space)}
-    image = space.dtype == np.uint8 and len(space.shape or ()) > 1
-    if image or not isinstance(space, gym.spaces.Box):
+    if not isinstance(space, gym.spaces.Box) or (space.dtype == np.uint8 and len(space.shape) > 1):
         raise ValueError(f"observations must be Boxes, but no images, or Dicts of them, not {space}")
     return list(space.shape)
 
@@ -1012,26 +995,16 @@ class Task:
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
 
 
-def describe_env(env: gym.Env, part: str | None) -> dict:
-    """The layout of what the policy sees, a part or all, and the actions' bounds. Raises ValueError where it cannot."""
-    space, actions, name = env.observation_space, env.action_space, env.spec.id
-    if any(wrapper.name.startswith("Normalize") for wrapper in env.spec.additional_wrappers):
-        raise ValueError(f"{name} has a wrapper with running statistics, which a policy's file cannot keep")
-    if part:
-        if part not in getattr(space, "spaces", ()):
-            raise ValueError(f"{name} observes {space}, without the part {part!r} that this row's policies see")
-        space = gym.spaces.Dict({part: space[part]})
-    box = isinstance(actions, gym.spaces.Box) and actions.dtype.kind == "f"
-    width = actions.high.astype(float) - actions.low if box else np.zeros(1)
-    if not ((width > 0) & (width < 1e6)).all():  # farther apart, float32 would hardly tell actions apart
-        raise ValueError(f"{name} has the actions {actions}, not a Box of floats with 0 < high - low < 1e6")
-    return dict(layout=layout(space), low=actions.low.tolist(), high=actions.high.tolist(), dtype=actions.dtype.name)
-
-
 def as_json(spec: EnvSpec) -> str:
     with refusing(f"{spec.id} cannot be kept in a policy's file, as its arguments are not plain", TypeError):
         spec.kwargs.pop("render_mode", None)  # nothing is rendered
         return spec.to_json()
+
+
+def readable(data):
+    """Yields the episodes, until one cannot be read, of a Minari set that is damaged."""
+    with refusing("an episode cannot be read: if the set is damaged or cut off, delete it", Exception):
+        yield from data
 
 
 @np.errstate(over="ignore")  # what float32 cannot hold is refused below
@@ -1040,13 +1013,11 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     row = ROWS[args.env]
     domain = DOMAINS[row.domain]
     data = read_data(args)
-    with make_env(args, data) as env:
-        about, spec = describe_env(env, domain.part), env.spec
-    if recorded := getattr(data, "env_spec", None):
-        say_differences(recorded, spec)
+    spec, about = describe_env(args, data)
     state_dim, shape = size(about["layout"]), np.shape(about["low"])
     episodes, rewards, ended = [], [], []
-    for number, episode in enumerate(tqdm(data, "reading episodes", delay=3, leave=False, disable=None)):
+    reading = tqdm(readable(data), "reading episodes", len(data), delay=3, leave=False, disable=None)
+    for number, episode in enumerate(reading):
         state = flatten(about["layout"], episode.observations)
         columns = episode.actions, episode.rewards, episode.terminations, episode.truncations
         action, reward, terminal, truncated = (np.array(column, float) for column in columns)
@@ -1061,7 +1032,7 @@ def load_data(args: Args) -> tuple[Task, Batch]:
             n = int(np.argmax(reward > 0)) + 1
             terminal[n - 1] = 1
         if len(state) == len(reward) and terminal[-1:].any() and not isinstance(data, list):
-            state = np.concatenate([state, state[-1:]])  # of a terminal step no next state is needed: any
+            state = np.concatenate([state, state[-1:]])  # Q's target ignores the state after a terminal step
         steps = slice(min(n, len(state) - 1))  # those whose next state is known
         episodes.append(Batch(state[steps], action[steps], reward[steps], state[1:][steps], terminal[steps]))
         over = [step for step in range(1, n) if domain.over(state[step])]
@@ -1078,7 +1049,7 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         raise ValueError(f"{problem}: clip them in the data, if they are meant to be there")
     batch = batch._replace(action=action.clip(-1, 1), reward=domain.reward(batch.reward))
     columns = [np.ascontiguousarray(column, np.float32) for column in batch]
-    for name, column in zip(Batch._fields, columns):
+    for name, column in [*zip(Batch._fields, columns), ("reward", np.concatenate(rewards))]:
         if not np.isfinite(column).all():
             raise ValueError(f"NaN or infinity among its {name} values")
     if spec.max_episode_steps is None:
@@ -1087,8 +1058,6 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     returns = [reward[: spec.max_episode_steps].sum() for reward in rewards]
     own = [value for value, whole in zip(returns, ended) if whole] or returns  # a file may end within an episode
     known = data.storage.metadata if args.env == "own" and not isinstance(data, list) else {}
-    own_scores = known.get("ref_min_score"), known.get("ref_max_score")
-    ref_min, ref_max = (row.ref_min, row.ref_max) if None in own_scores else own_scores
     task = Task(
         domain=row.domain,
         dataset_id=args.dataset or row.dataset,
@@ -1097,8 +1066,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         data_episodes=len(own),
         data_return=float(np.mean(own)),
         spec=as_json(spec),
-        ref_min=ref_min,
-        ref_max=ref_max,
+        ref_min=known.get("ref_min_score", row.ref_min),
+        ref_max=known.get("ref_max_score", row.ref_max),
         **about,
     )
     return task, Batch(*map(torch.as_tensor, columns))
@@ -1112,7 +1081,8 @@ class Actor:
 
     def __init__(self, agent: Agent, parts, low, high, dtype="float32"):
         self.agent, self.layout = agent, parts
-        self.low, self.high = np.array([low, high], dtype)  # the actions' bounds, in their shape and dtype
+        self.low, self.high = np.array([low, high], float)  # the actions' bounds, in their shape
+        self.dtype = dtype
 
     @torch.no_grad()
     def __call__(self, observation, generator=None) -> np.ndarray:
@@ -1138,9 +1108,8 @@ class Actor:
         u = torch.tensor(u, dtype=torch.float64, device=device)
         action = agent.compiled(act)(agent.policy, agent.critics_target, agent.sde, states, noise, u, args)  # (N, A)
         action = action.double().cpu().numpy().reshape(-1, *self.low.shape)
-        low, high = self.low.astype(float), self.high.astype(float)
-        action = low + (action + 1) / 2 * (high - low)
-        action = action.clip(low, high).astype(self.low.dtype)
+        action = self.low + (action + 1) / 2 * (self.high - self.low)
+        action = action.clip(self.low, self.high).astype(self.dtype)
         return action[0] if state.ndim == 1 else action
 
 
@@ -1172,9 +1141,12 @@ class OneEpisode(gym.Wrapper):
         return self.state, 0.0, False, False, so_far
 
 
-def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vector.VectorEnv:
-    """Environments that step together in worker processes, by default two a thread and at most one an episode."""
+@contextlib.contextmanager
+def playing(task: Task, episodes: int, num_envs: int | None = None):
+    """Yields environments that step together in worker processes, by default two a thread and at most one an episode.
 
+    Ends those processes. Raises UserError where an environment cannot be made, or a process has died.
+    """
     main_process = os.getpid()
 
     def make():
@@ -1184,17 +1156,12 @@ def make_envs(task: Task, episodes: int, num_envs: int | None = None) -> gym.vec
         return OneEpisode(gym.make(EnvSpec.from_json(task.spec), disable_env_checker=True), task)
 
     makers = [make] * min(episodes, num_envs or 2 * torch.get_num_threads())
-    if task.domain == "toy":
-        return gym.vector.SyncVectorEnv(makers)
-    # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
-    return gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
-
-
-@contextlib.contextmanager
-def playing(task: Task, episodes: int):
-    """Yields the environments of `make_envs`, and ends their processes. Raises UserError where one has died."""
     with refusing("the evaluation's environments cannot be made, others can be named by --eval-env", Exception):
-        envs = make_envs(task, episodes)
+        if task.domain == "toy":
+            envs = gym.vector.SyncVectorEnv(makers)
+        else:  # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
+            register_robots()
+            envs = gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
     try:
         yield envs
         with contextlib.suppress(EOFError, ConnectionError):  # of a worker that a signal to all has ended first
@@ -1324,15 +1291,14 @@ def interruptible():
     The signal may have reached a compiler or a worker too: an exception that follows from it ends the program in peace.
     Python hands signals to its main thread alone: in another one, as a sweep's agent may start, nothing is filled.
     """
-    stops, first = [], math.inf
+    stops, times = [], []
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def stop(number, _):
-        nonlocal first
-        if time.monotonic() - first > 1:  # sooner it may be the same one, from a scheduler and from run_all.sh
-            raise KeyboardInterrupt
-        first = min(first, time.monotonic())
         stops.append(number)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > 1:  # sooner it may be the same one, from a scheduler and from run_all.sh
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
@@ -1416,7 +1382,7 @@ class Run:
         saved = load_file(path)
         if saved["task"].data_checksum != self.task.data_checksum:
             raise UserError(f"{path} was made from other data than these: give those of {saved['task'].dataset_id}")
-        same_run(saved["args"], self.args, f"{path} was")
+        same_run(saved["args"], self.args, path)
         there = saved["args"].device
         if torch.device(there).type != self.generator.device.type:
             raise UserError(f"{path} was made on {there}, and goes on there alone; --eval-only evaluates it anywhere")
@@ -1492,8 +1458,7 @@ def train(args: Args) -> int:
         with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
-        use_device(args)
-        try_compiler(args)  # before the folder has a file
+        use_device(args)  # before the folder has a file
         with refusing("the networks and batches cannot be made: give smaller sizes", RuntimeError):
             run = Run(args, task, data, folder)
         if (folder / "checkpoint.pt").exists():
@@ -1538,6 +1503,7 @@ def train(args: Args) -> int:
         return 0
 
 
+@torch.no_grad()
 def draw_curve(file, run: Run):
     """The score over updates; for the toy also Figure 1: the reward, the density of the data, Q of the first action."""
     from matplotlib.figure import Figure
@@ -1549,22 +1515,19 @@ def draw_curve(file, run: Run):
     curve.errorbar(*points, marker="o", capsize=3, label="the policy, ± deviation over episodes")
     curve.axhline(task.score(task.data_return), color="gray", linestyle=":", label="the data's own episodes")
     curve.set(xlabel="updates", ylabel="score", title=f"{task.dataset_id}, {run.args.variant}, seed {run.args.seed}")
-    curve.legend()
     if toy:
         reward, value = others
         x = np.linspace(-2, 2, 401)
         reward.plot(x, ToyEnv.reward(x), label="reward")
         reward.hist(run.data.next_state[:, 0].cpu(), 60, density=True, alpha=0.4, label="density of the data")
         reward.set(xlabel="position", title="The task")
-        reward.legend()
         action = torch.linspace(-1, 1, 201, device=run.args.device)[:, None]
-        with torch.no_grad():
-            q = run.agent.critics(torch.zeros_like(action).expand(-1, 2), action).cpu()  # (M, 201)
-        action = action.cpu()
-        value.plot(action, q.mean(0), label="mean of the ensemble")
-        value.plot(action, pessimistic_value(q, run.args), label=f"pessimistic value ({run.args.pessimism})")
+        q = run.agent.critics(action.new_zeros(201, 2), action).cpu()  # (M, 201)
+        value.plot(action.cpu(), q.mean(0), label="mean of the ensemble")
+        value.plot(action.cpu(), pessimistic_value(q, run.args), label=f"pessimistic value ({run.args.pessimism})")
         value.set(xlabel="first action", ylabel="Q", title="The learned Q at position 0")
-        value.legend()
+    for axes in figure.axes:
+        axes.legend()
     figure.savefig(file, format="png")
 
 
@@ -1575,12 +1538,13 @@ FREE = set("num_steps device compile precision dataset eval_env eval_every eval_
 FREE |= set("run_dir resume eval_only".split())
 
 
-def same_run(saved: Args, args: Args, problem: str, free=FREE):
-    """Raises UserError at the first setting that differs between a saved run and this one."""
+def same_run(saved: Args, args: Args, path):
+    """Raises UserError at the first setting that differs between a saved run and this one, unless it is free."""
+    free = FREE | {"seed"} if args.eval_only else FREE
     for name, value in vars(args).items():
         if name not in free and value != getattr(saved, name):
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{problem} made with {flag} {getattr(saved, name)}, not {value}: give the same")
+            raise UserError(f"{path} was made with {flag} {getattr(saved, name)}, not {value}: give the same")
 
 
 def parse(argv: list[str]) -> Args:
@@ -1588,12 +1552,14 @@ def parse(argv: list[str]) -> Args:
 
     Raises UserError where they would change what a run has learned, SystemExit where they make no sense.
     """
+    if any(re.fullmatch(r"(--[\w-]+=)?", word) for word in argv):
+        raise UserError("an option has an empty value, of an unset variable perhaps: give it one, or leave it out")
     words = [word for word in argv if word not in ("-h", "--help")]
-    nothing = Start(env="own", device="")
-    start, _ = tyro.cli(Start, args=words, default=nothing, prog="erdp.py", return_unknown_args=True)
+    unsaid = Start(env="own", device="")
+    start, _ = tyro.cli(Start, args=words, default=unsaid, prog="erdp.py", return_unknown_args=True)
     named = start.env != "own" or start.dataset
     if start.env == "own" and (start.dataset is None or re.fullmatch(r"toy-\d+", start.dataset)):
-        start.env = "toy"
+        start.env = "toy"  # where neither --env nor --dataset is given, or the toy's data are
     default = preset(start.env, start.variant, start.device)
     path = Path(start.eval_only or run_folder(start) / "checkpoint.pt")
     begun = start.eval_only or (start.resume and path.exists())
@@ -1605,7 +1571,7 @@ def parse(argv: list[str]) -> Args:
         default = dataclasses.replace(saved, run_dir=start.run_dir, resume=False, **device)
     args = tyro.cli(Args, args=argv, default=default, prog="erdp.py")
     if begun:
-        same_run(saved, args, f"{path} was", FREE | {"seed"} if start.eval_only else FREE)
+        same_run(saved, args, path)
     return args
 
 
@@ -1614,20 +1580,16 @@ def evaluate_only(args: Args) -> int:
     path = args.eval_only
     saved = load_file(path)
     task = saved["task"]
-    if task.domain != "toy":
-        register_robots()
     if args.eval_env != saved["args"].eval_env:
-        with refusing(f"--eval-env {args.eval_env} cannot be used"), make_env(args) as env:
-            about, spec = describe_env(env, DOMAINS[task.domain].part), env.spec
+        with refusing(f"--eval-env {args.eval_env} cannot be used"):
+            spec, about = describe_env(args)
             spec.max_episode_steps = spec.max_episode_steps or json.loads(task.spec)["max_episode_steps"]
             task.spec = as_json(spec)
-        if about != {name: getattr(task, name) for name in about}:
+        if vars(task) | about != vars(task):
             raise UserError(f"--eval-env {args.eval_env} has other observations or actions than the policy")
     with playing(task, args.eval_episodes) as envs:
         use_device(args)
-        try_compiler(args)
-        settings = dict(eval_candidates=args.eval_candidates, compile=args.compile, precision=args.precision)
-        actor = load_policy(path, args.device, **settings)
+        actor = load_policy(path, **vars(args))
         result = evaluate(actor, envs, args.eval_episodes, args.seed)
     say(f"{path}: {in_words(summary(task, result))}")
     return 0
@@ -1640,7 +1602,8 @@ def main(argv: list[str] | None = None) -> int:
         count = torch.cuda.device_count()
         there = ["cpu"] + ["cuda"] * (count > 0) + [f"cuda:{n}" for n in range(count)]
         if args.device not in there:
-            raise UserError(f"--device {args.device} is not there: PyTorch sees {', '.join(there)}")
+            problem = f"--device {args.device} is not there: PyTorch sees {', '.join(there)}"
+            raise UserError(problem + ", and a run goes on only on the kind of device where it began" * args.resume)
         return evaluate_only(args) if args.eval_only else train(args)
     except (UserError, OSError) as error:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines

@@ -38,7 +38,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 from unittest.mock import MagicMock, Mock, call
 
 import filelock
@@ -450,7 +450,7 @@ def test_figure2_optimal_sampling_reconstructs_x_0_exactly_at_every_t(T, schedul
 
 
 # ==== Eq. 12-15: the policy's loss, and the log probability in it =====================================================
-VARIANTS = get_args(erdp.Variant)
+VARIANTS = [*erdp.VARIANTS]
 
 
 def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
@@ -1524,7 +1524,8 @@ def test_data_of_images_or_with_running_statistics_are_refused():
         erdp.layout(Dict(a=Box(0, 255, (8, 8, 3), np.uint8)))
     assert erdp.layout(Box(0, 255, (128,), np.uint8)) == [128], "Atari's memory is none"
     with pytest.raises(ValueError, match="running statistics"):
-        erdp.describe_env(gym.wrappers.NormalizeObservation(gym.make(made("Made"))), None)
+        env = gym.wrappers.NormalizeObservation(gym.make(made("Made")))
+        erdp.describe_env(Args(env="own"), SimpleNamespace(env_spec=env.spec, recover_environment=lambda **_: env))
 
 
 def test_data_of_an_environment_that_was_shown_are_evaluated_without_a_window():
@@ -1572,6 +1573,7 @@ def test_data_rewards_are_scaled_by_domain():
         assert EnvSpec.from_json(task.spec).kwargs.items() >= dict.fromkeys(rule, True).items(), "by D4RL's rule"
     _, same = load([episode(0, [3, 3], observations=np.ones((3, 45)))], "pen-human-v1", states=45)
     assert same.reward.tolist() == [0, 0], "standardised rewards that do not differ are 0, not NaN"
+    assert len(load([episode(0, [0, 1])], "pen-human-v1")[1].reward) == 2, "also where no state says where a pen is"
     refused = {"antmaze-umaze-v0": "rewards of 0 and 1.*sparse", "kitchen-mixed-v0": "without the part 'observation'"}
     for row, words in refused.items():
         with pytest.raises(ValueError, match=words):
@@ -1687,7 +1689,7 @@ def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mi
         erdp.same_walls(made("Made", maze_map=MAZE), None)  # a file's
     registered = EnvSpec("AntMaze_UMaze-v4"), made("Made", maze_map=gym.spec("AntMaze_UMaze-v4").kwargs["maze_map"])
     assert erdp.same_walls(*registered) == registered[1].kwargs["maze_map"], "a maze that only the registry knows"
-    spec = erdp.make_env(Args(env="antmaze-umaze-v0", eval_env=f"{__name__}:Made")).spec  # a policy's, without data
+    spec, _ = erdp.describe_env(Args(env="antmaze-umaze-v0", eval_env=f"{__name__}:Made"))  # a policy's, without data
     assert (spec.max_episode_steps, spec.kwargs) == (700, dict(continuing_task=False)), "by the row's rule"
 
 
@@ -1789,7 +1791,7 @@ def score(actor, episodes=9, num_envs=None, seed=5, domain="toy", **kwargs) -> d
     about = dict(domain=domain, dataset_id="made/data-v0", transitions=8, data_checksum=0, data_episodes=2)
     about |= dict(data_return=1.5, spec=made("Ledger", 1000, **kwargs).to_json(), layout=LAYOUT, dtype="float32")
     task = erdp.Task(low=[-1, 0], high=[3, 0.5], ref_min=2, ref_max=12, **about)
-    with contextlib.closing(erdp.make_envs(task, episodes, num_envs)) as envs:
+    with erdp.playing(task, episodes, num_envs) as envs:
         return erdp.evaluate(actor, envs, episodes, seed)
 
 
@@ -2318,15 +2320,16 @@ def test_policies_act_in_float32_and_uncompiled_unless_told_otherwise(finished, 
     assert not erdp.load_policy(path).agent.critics_target.bf16
     evaluate = erdp.evaluate
     monkeypatch.setattr(erdp, "evaluate", lambda actor, *a: critics.append(actor.agent.critics) or evaluate(actor, *a))
-    used, compiled = [], []
+    used, compiled, use_device = [], [], erdp.use_device
     monkeypatch.setattr(erdp, "use_device", lambda args: used.append(args.precision))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     for precision, flag in (("float32", "--no-compile"), ("bf16", "--compile")):
         assert erdp.main(["--eval-only", str(path), "--precision", precision, flag]) == 0
     assert [each.bf16 for each in critics] == [False, True] and used == ["float32", "bf16"]
-    assert compiled[1:] == [erdp.act]
+    assert compiled == [erdp.act]
     refused(["--eval-only", str(path), "--lcb-coef", "1"], f"{path} was made with --lcb-coef 4.0, not 1.0")
+    monkeypatch.setattr(erdp, "use_device", use_device)
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
     refused(["--eval-only", str(path), "--device", "cpu", "--compile"], "torch.compile does not work here", "compiler")
 
@@ -2565,6 +2568,11 @@ def fewer_goals(folder):
         file["episode_1/observations/goal"] = goals
 
 
+def lost_rewards(folder):
+    with h5py.File(folder / "main_data.hdf5", "a") as file:
+        del file["episode_1/rewards"]
+
+
 def half_of_it(folder):
     path = folder / "main_data.hdf5"
     os.truncate(path, path.stat().st_size // 2)
@@ -2593,6 +2601,9 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "hdf5: all timeouts": (hdf5(timeouts=np.ones(6)), ["no transition"]),
     "hdf5: no row": (hdf5(0), ["lengths [0, 0, 0, 0, 0]"]),
     "hdf5: no environment": (lambda folder: hdf5()(folder)[:2], ["names no environment", "--eval-env", "--env"]),
+    "hdf5: NaN in the last reward": (hdf5(rewards=[0, 1, 2, 3, 4, math.nan]), ["NaN", "reward"]),
+    "an empty value": ("--eval-only=", ["an option has an empty value"]),
+    "lost rewards": (minari_set(damage=lost_rewards), ["an episode cannot be read", "delete"]),
     "fewer goals": (minari_set(damage=fewer_goals), ["made/data-v0"]),
     "half of the data": (minari_set(damage=half_of_it), ["made/data-v0", "delete"]),
     "discrete actions": (minari_set("CartPole-v1"), ["Discrete(2)"]),
@@ -2688,6 +2699,8 @@ def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, 
     saved = checkpoint(unfinished)
     torch.save(saved | dict(args=saved["args"] | dict(device="cuda:1")), unfinished / "checkpoint.pt")
     refused(["--resume", "--device", "cpu"], "made on cuda:1", "--eval-only", folder=unfinished)
+    words = "--device cuda:9 is not there", "a run goes on only on the kind of device where it began"
+    refused(["--resume", "--device", "cuda:9"], *words, folder=unfinished)
 
 
 def test_bad_sizes_for_the_memory_are_refused_and_mistakes_keep_their_traceback(refused, monkeypatch):

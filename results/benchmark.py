@@ -215,11 +215,10 @@ def acting(args: erdp.Args, num_critics: int, seconds: float) -> list:
     MuJoCo alone is what the same worker processes do with actions of zero.
     """
     args = dataclasses.replace(args, num_critics=num_critics, env="antmaze-umaze-v0", eval_env="AntMaze_UMaze-v5")
-    with erdp.make_env(args) as env:
-        env.spec.max_episode_steps = length = 50
-        about, spec = erdp.describe_env(env, None), erdp.as_json(env.spec)
+    spec, about = erdp.describe_env(args)
+    spec.max_episode_steps = length = 50
     about |= dict(dataset_id="", transitions=0, data_checksum=0, data_episodes=0, data_return=0.0, ref_min=0, ref_max=1)
-    task = erdp.Task(domain="antmaze", spec=spec, **about)
+    task = erdp.Task(domain="antmaze", spec=erdp.as_json(spec), **about)
     torch.compiler.reset()
     actors = {}
     for way in ("eager", "compiled"):

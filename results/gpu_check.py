@@ -260,11 +260,12 @@ import importlib.util, sys, types
 if importlib.util.find_spec("gymnasium_robotics") is None:  # nothing of it is needed here
     sys.modules["gymnasium_robotics"] = types.SimpleNamespace(__version__="none")
 import erdp
-def make_envs(*args, make=erdp.make_envs):
-    envs = make(*args)
-    print("WORKERS", len(envs.processes))
-    return envs
-erdp.make_envs = make_envs
+@contextlib.contextmanager
+def playing(*args, play=erdp.playing):
+    with play(*args) as envs:
+        print("WORKERS", len(envs.processes))
+        yield envs
+erdp.playing = playing
 sys.exit(erdp.main())
 """
 

@@ -93,7 +93,6 @@ def act(folder: Path, candidates: int, episodes: int = 100) -> dict:
     """How a run's last policy scores, as `--eval-only` does it."""
     task = erdp.load_file(folder / "policy.pt")["task"]
     actor = erdp.load_policy(folder / "policy.pt", eval_candidates=candidates)
-    erdp.register_robots()
     with erdp.playing(task, episodes) as envs:
         returns = erdp.evaluate(actor, envs, episodes, actor.agent.args.seed)["return"]
     scores = task.score(returns)
