@@ -51,7 +51,7 @@ class Start:
     """The settings that say which run is meant. They are read first, as the defaults of all others follow from them."""
 
     env: Literal[tuple(ROWS)] = "toy"  # a row of the tables, Figure 1's toy, or own: --dataset in its environment
-    dataset: str | None = None  # a Minari id or an .hdf5 file in D4RL's layout, in place of the row's own data
+    dataset: str | None = None  # a Minari id, an .hdf5 file in D4RL's layout, or toy-0 to toy-99, for the row's data
     variant: Literal[tuple(VARIANTS)] = "paper"  # the paper; its authors' code; or the paper with de Bruijn's entropy
     seed: int = 0  # seeds weights, batches, noise, evaluation and the toy's data
     device: str = "cpu"  # cpu, cuda or cuda:N (where there is a GPU, the default is cuda, with --compile and TF32)
@@ -63,7 +63,7 @@ class Start:
 @dataclasses.dataclass
 class Args(Start):
     """Entropy-regularized diffusion policy with Q-ensembles (arXiv:2402.04080). The defaults are those of --env's row
-    in the paper: add --env ROW to --help to see them."""
+    in the paper: add --env ROW to --help to see them, and take them from `preset` in Python."""
 
     num_steps: int = 1_000_000  # updates in all
     batch_size: int = 256  # transitions in an update
@@ -88,17 +88,20 @@ class Args(Start):
     grad_norm: float = 4.0  # norm to which the policy's gradient and the whole ensemble's are each clipped
     ema_rate: float = 0.005  # at which the EMA policy, from which Q's next actions come, follows the policy
     ema_every: int = 5  # updates between two moves of the EMA policy
-    ema_start: int = 1000  # first update at which the EMA policy may move
+    ema_start: int = 1000  # updates before the EMA policy may move
     # evaluation
     eval_every: int = 50_000  # updates between two evaluations
     eval_episodes: int = 100  # episodes in an evaluation
     eval_candidates: int = 50  # samples of which one is drawn by softmax over their value; 1: a plain sample
     eval_env: str | None = None  # an environment in place of the row's or the data's: an id, module:id or module:Class
     # speed
-    compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling
+    compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling at T = 5
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products; tf32 is CUDA's, bf16 the ensemble's
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # of a sweep, say; saved files hold plain numbers alone
+                setattr(self, name, value.item())
         check_settings(self)
 
 
@@ -125,8 +128,8 @@ class MeanRevertingSDE:
     """The SDE of Eq. 1, dx = -theta_t x dt + sqrt(2 theta_t) dw, on the paper's grid t = 0..T, T = num_steps.
 
     theta_bar (T+1,) holds the integrals of theta from 0 to t: theta_bar[0] == 0, theta_bar[T] = -ln(1e-3). x is (B, A)
-    or (A,). Times tau and t are an int or an integer tensor (B,), which gives coefficients of shape (B, 1). Densities
-    are summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` where they meet x. Ints
+    or (A,). Times tau and t are an int or an int64 tensor (B,), which gives coefficients of shape (B, 1). Densities are
+    summed over the last axis. Coefficients are computed in float64 and rounded to `dtype` where they meet x. Two ints
     other than 0 <= tau <= t <= T raise ValueError; tensors are not checked, as that would wait for the device.
     """
 
@@ -271,7 +274,7 @@ def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_
     then Eq. 6's for t = T..2. `clip_denoised` clamps each x0-hat to [-1, 1], `clip_sample` the finished action.
     """
     x_t, *fresh = noise
-    for t, z in zip(range(sde.num_steps, 0, -1), [*fresh, 0.0]):
+    for t, z in zip(range(sde.num_steps, 0, -1), [*fresh, 0.0], strict=True):
         eps = network(x_t, torch.full(x_t.shape[:-1], t, device=x_t.device), state)
         x_0 = sde.predict_x0(x_t, t, eps)  # Eq. 8
         if clip_denoised:
@@ -543,7 +546,7 @@ def optimizer_step(loss, module: nn.Module, optimizer, grad_norm: float):
 def soft_update(target: nn.Module, source: nn.Module, rate):
     """target <- target + rate (source - target), parameter by parameter. rate is a float or a tensor of no axes."""
     for old, new in zip(target.parameters(), source.parameters()):
-        old.lerp_(new, rate if isinstance(rate, float) else rate.to(old.dtype))
+        old.lerp_(new, rate.to(old.dtype) if isinstance(rate, torch.Tensor) else rate)
 
 
 def noise_buffers(args: Args, action_dim: int, device) -> Noise:
@@ -730,6 +733,7 @@ ROWS["own"] = Row("own", None, None, None, 0.0, 100.0)
 def preset(env: str, variant: str = "paper", device: str = "") -> Args:
     """The paper's settings for `env`, on `device` or this machine's own."""
     args = Args(env=env, **DOMAINS[ROWS[env].domain].settings)
+    args.variant = variant
     if variant == "debruijn":
         args.entropy_coef = 0.03  # chosen on the toy with 20% of good steps (entropy.md)
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
@@ -742,7 +746,7 @@ def preset(env: str, variant: str = "paper", device: str = "") -> Args:
 
 
 def check_settings(args: Args):
-    """Raises ValueError where a setting, or two together, cannot be used on any machine."""
+    """Raises ValueError where a number, or two settings together, cannot be used on any machine."""
     released, T = args.variant == "released", args.num_diffusion_steps
     least = dict(num_diffusion_steps=2 + released, seed=0, ema_start=0)  # the released entropy term needs t = 2 < T
     least |= dict(lr=1e-12, critic_lr=1e-12, grad_norm=1e-12)
@@ -786,7 +790,7 @@ def refusing(problem: str, *also: type[Exception]):
 
 
 def toy_episodes(seed: int, share: float = 0.05, episodes: int = 256) -> list[minari.EpisodeData]:
-    """Unbalanced two-step episodes: but for a `share` of them, steps drift to the left, away from the high reward."""
+    """Unbalanced two-step episodes: steps, but for a `share` of them, drift to the left, away from the high reward."""
     rng = np.random.default_rng(seed)
     away = rng.random((episodes, 2)) < 1 - share
     mean = np.where(away, -0.3, 0.5)
@@ -810,8 +814,9 @@ def hdf5_episodes(path: Path) -> list[minari.EpisodeData]:
     with refusing(f"{path} is not in D4RL's layout of {', '.join(keys)}", KeyError, TypeError), h5py.File(path) as file:
         columns = [file[key][()] for key in keys]
         lengths = [len(column) for column in columns]
-        if len(set(lengths)) > 1 or not all(lengths):
-            raise ValueError(f"these have the lengths {lengths}")
+        flat = all(column.ndim == 1 for column in columns[2:])
+        if len(set(lengths)) > 1 or not all(lengths) or not flat:
+            raise ValueError(f"these have the shapes {', '.join(str(column.shape) for column in columns)}")
     state, action, reward, terminal, timeout = columns
     ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
     ends = np.union1d(ends, len(reward))
@@ -847,7 +852,7 @@ def read_data(args: Args):
         problem = f"{name} is in {folder}, but cannot be read (if it is damaged or cut off, delete it there)"
         if not (folder / name).exists():
             say(f"{name} is not in {folder}: looking for it on Minari's server")
-            problem = f"{name} cannot be downloaded; {folder} has {', '.join(minari.list_local_datasets()) or 'no set'}"
+            problem = f"{name} cannot be downloaded, and is not in {folder}"
         with refusing(problem, Exception):
             data = minari.load_dataset(name, download=True)
             next(iter(data), None)  # where it is damaged, it shows here
@@ -1027,6 +1032,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         if found not in (wanted, ((n, state_dim), *wanted[1:])):
             names = "observations, actions, rewards and terminations"
             raise ValueError(f"the {names} of episode {number} are {found}, not {wanted} as in {spec.id}")
+        if not np.isin(terminal, (0, 1)).all():
+            raise ValueError(f"the terminations of episode {number} are not all 0 or 1")
         ended.append(terminal[-1:].any() or truncated[-1:].any())
         if domain.goal_ends and (reward > 0).any():
             n = int(np.argmax(reward > 0)) + 1
@@ -1058,6 +1065,9 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     returns = [reward[: spec.max_episode_steps].sum() for reward in rewards]
     own = [value for value, whole in zip(returns, ended) if whole] or returns  # a file may end within an episode
     known = data.storage.metadata if args.env == "own" and not isinstance(data, list) else {}
+    ref_min, ref_max = (float(known.get(f"{name}_score", getattr(row, name))) for name in ("ref_min", "ref_max"))
+    if not ref_min < ref_max:
+        raise ValueError(f"its reference scores are {ref_min} and {ref_max}, but must ascend")
     task = Task(
         domain=row.domain,
         dataset_id=args.dataset or row.dataset,
@@ -1066,8 +1076,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         data_episodes=len(own),
         data_return=float(np.mean(own)),
         spec=as_json(spec),
-        ref_min=known.get("ref_min_score", row.ref_min),
-        ref_max=known.get("ref_max_score", row.ref_max),
+        ref_min=ref_min,
+        ref_max=ref_max,
         **about,
     )
     return task, Batch(*map(torch.as_tensor, columns))
@@ -1088,8 +1098,8 @@ class Actor:
     def __call__(self, observation, generator=None) -> np.ndarray:
         """Flat states (N, S), or dicts as the environment has them -> actions (N, ...) within the environment's bounds.
 
-        One observation, in any shape, gives one action. `generator` is NumPy's, for all states, or a list of one each.
-        Raises ValueError where an observation has another size than the policy's.
+        One observation, flat or in its own shape, gives one action. `generator` is NumPy's, for all states, or a list
+        of one each. Raises ValueError where an observation has another size than the policy's.
         """
         if isinstance(observation, dict) or list(np.shape(observation)) == self.layout:
             observation = flatten(self.layout, observation)
@@ -1099,7 +1109,7 @@ class Actor:
         agent, args = self.agent, self.agent.args
         device = agent.sde.theta_bar.device
         T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
-        generator = generator or np.random.default_rng()
+        generator = np.random.default_rng() if generator is None else generator
         states = torch.as_tensor(np.atleast_2d(state), device=device)
         streams = generator if isinstance(generator, list) else [generator] * len(states)
         noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
@@ -1133,9 +1143,9 @@ class OneEpisode(gym.Wrapper):
             observation, reward, terminated, truncated, info = self.env.step(action)
             self.state = flatten(self.layout, observation)
             so_far["return"] += np.asarray(reward, float).item()
-            known = [info[name] for name in ("success", "is_success") if info.get(name) is not None]
-            success = np.asarray(known[0], float).item() if known else np.nan
-            so_far["success"] = np.fmax(so_far["success"], success)
+            known = [np.asarray(info[name]) for name in ("success", "is_success") if name in info]
+            known = [value.item() for value in known if value.size == 1 and value.dtype.kind in "biuf"]
+            so_far["success"] = np.fmax(so_far["success"], known[0] if known else np.nan)
             so_far["length"] += 1
             so_far["ended"] = bool(terminated or truncated or self.over(self.state))
         return self.state, 0.0, False, False, so_far
@@ -1145,7 +1155,7 @@ class OneEpisode(gym.Wrapper):
 def playing(task: Task, episodes: int, num_envs: int | None = None):
     """Yields environments that step together in worker processes, by default two a thread and at most one an episode.
 
-    Ends those processes. Raises UserError where an environment cannot be made, or a process has died.
+    The toy's step in this process. Ends all of them. Raises UserError where one cannot be made, or a process has died.
     """
     main_process = os.getpid()
 
@@ -1272,13 +1282,13 @@ def load_file(path) -> dict:
 def load_policy(path, device="cpu", **settings) -> Actor:
     """The Actor of a run's policy.pt or checkpoint.pt: not compiled and in float32, unless `settings` of Args say more.
 
-    Raises UserError where the file is not a whole one.
+    Raises UserError where the file is not a whole one, or its weights do not fit the settings.
     """
     saved = load_file(path)
     task = saved["task"]
     args = dataclasses.replace(saved["args"], **dict(device=device, compile=False, precision="float32") | settings)
     agent = Agent(size(task.layout), np.size(task.low), args, device)
-    with refusing(f"{path} is damaged", KeyError, RuntimeError):
+    with refusing(f"{path} is damaged, or its weights do not fit the settings", KeyError, RuntimeError):
         for name in ACTING:
             getattr(agent, name).load_state_dict(saved["agent"][name])
     return Actor(agent, task.layout, task.low, task.high, task.dtype)
@@ -1558,8 +1568,9 @@ def parse(argv: list[str]) -> Args:
     unsaid = Start(env="own", device="")
     start, _ = tyro.cli(Start, args=words, default=unsaid, prog="erdp.py", return_unknown_args=True)
     named = start.env != "own" or start.dataset
-    if start.env == "own" and (start.dataset is None or re.fullmatch(r"toy-\d+", start.dataset)):
-        start.env = "toy"  # where neither --env nor --dataset is given, or the toy's data are
+    said = {"own", "--env=own"} & set(words)
+    if start.env == "own" and not said and (start.dataset is None or re.fullmatch(r"toy-\d+", start.dataset)):
+        start.env = "toy"
     default = preset(start.env, start.variant, start.device)
     path = Path(start.eval_only or run_folder(start) / "checkpoint.pt")
     begun = start.eval_only or (start.resume and path.exists())
@@ -1611,7 +1622,9 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print("erdp:", error, file=sys.stderr)
         return 1
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         print("erdp: this needs more memory than there is: give smaller sizes", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -420,6 +420,8 @@ def test_eq10_sampler_follows_eq08_eq07_and_eq06_step_by_step(T, schedule, clip_
     expected = literal_sample(rough_network, schedule, T, *arguments)
     action = erdp.sample_actions(rough_network, sde64(T, schedule), *arguments)
     agree("Eq. 10", action, expected, rtol=1e-9)
+    with pytest.raises(ValueError):
+        erdp.sample_actions(rough_network, sde64(T, schedule), state, noise[1:])
 
 
 def test_eq10_samples_approach_a_mixture_as_the_steps_grow():
@@ -1373,6 +1375,7 @@ def test_table_4_is_the_preset_of_every_row(monkeypatch):
         for variant, alpha in (("released", 0.01), ("debruijn", 0.03)):
             changes = dict(variant=variant, loss="noise", entropy_coef=alpha)
             assert vars(erdp.parse([*argv, variant])) == expected | changes, f"{env}, {variant}"
+            assert erdp.preset(env, variant).variant == variant
 
 
 def test_table_4_defaults_in_signatures_are_the_papers():
@@ -1387,6 +1390,16 @@ def test_table_4_defaults_in_signatures_are_the_papers():
     assert defaults(erdp.sample_actions) == dict(clip_denoised=True, clip_sample=True)
     assert defaults(erdp.lcb) == dict(beta=4.0, unbiased=False)
     assert vars(Args()) == settings_of_table_4("own") | dict(env="toy")
+
+
+def test_settings_from_a_sweep_of_numpys_become_plain_numbers():
+    args = Args(lr=np.float64(0.1), seed=np.int64(3), q_time=np.int32(2), compile=np.bool_(True))
+    assert [type(value) for value in (args.lr, args.seed, args.q_time, args.compile)] == [float, int, int, bool]
+    with pytest.raises(ValueError, match="--lr is -1.0"):
+        Args(lr=np.float32(-1))
+    source, target = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    erdp.soft_update(target, source, Args(target_rate=1).target_rate)
+    assert torch.equal(target.weight, source.weight), "a whole number is a rate too"
 
 
 def test_presets_use_a_gpu_that_is_there(monkeypatch):
@@ -1767,7 +1780,8 @@ class Ledger(gym.Env):
         odd = self.length % 2 == 1
         reward = math.nan if self.unstable == self.record["seed"] else rewards[-1]
         success = len(rewards) == 2
-        forms = {"success": np.array([success]), "is_success": False}, {"success": None, "is_success": success}
+        odd_one = [None, np.ones(2), "yes"][len(rewards) % 3]  # no success at all
+        forms = {"success": np.array([success]), "is_success": False}, {"success": odd_one, "is_success": success}
         return self.observe(), np.array([reward]), ended and odd, ended and not odd, forms[odd]
 
 
@@ -2584,7 +2598,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "no such file": ("--dataset a.hdf5", ["a.hdf5", "No such file"]),
     "no such home": ("--env hopper-medium-v2 --dataset ~nobodyhere/a.hdf5", ["~nobodyhere"]),
     "an id without version": ("--dataset made/data", ["made/data", "a Minari id with its version"]),
-    "no such set": ("--env pen-human-v1", ["D4RL/pen/human-v2", "Network is unreachable", "minari has no set"]),
+    "no such set": ("--env pen-human-v1", ["D4RL/pen/human-v2", "Network is unreachable", "downloaded, and is not in"]),
     "no such file of D4RL's": ("--env hopper-medium-v2", ["hopper_medium-v2.hdf5 cannot be downloaded", "by hand"]),
     "another environment for the toy": ("--eval-env Hopper-v4", ["Hopper-v4"]),
     "too large a batch": ("--batch-size 100000000000000", ["smaller"]),
@@ -2592,19 +2606,22 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "no policy": ("--eval-only nowhere.pt", ["nowhere.pt", "No such file"]),
     "nothing to resume": ("--resume", ["checkpoint.pt", "--run-dir", "--env"]),
     "hdf5: no timeouts and rewards": (hdf5(timeouts=None, rewards=None), ["rewards"]),
-    "hdf5: fewer observations": (hdf5(observations=np.zeros((5, 2))), ["[5, 6, 6, 6, 6]"]),
+    "hdf5: fewer observations": (hdf5(observations=np.zeros((5, 2))), ["(5, 2), (6, 1), (6,)"]),
     "hdf5: wide observations": (hdf5(observations=np.zeros((6, 3))), ["(6, 3)", "(7, 2)"]),
     "hdf5: a number": (hdf5(rewards=1.0), ["a.hdf5"]),
+    "hdf5: a column of ends": (hdf5(300, terminals=np.zeros((300, 1))), ["(300, 1), (300,)"]),
+    "hdf5: terminals of 255": (hdf5(terminals=[0, 255, 0, 0, 0, 0]), ["episode 0", "not all 0 or 1"]),
     "hdf5: infinite in float32": (hdf5(observations=np.full((6, 2), 1e39)), ["NaN or infinity"]),
     "hdf5: NaN in the last state": (hdf5(observations=[[0.0, 0.0]] * 5 + [[math.nan] * 2]), ["infinity", "next_state"]),
     "hdf5: action outside": (hdf5(actions=np.full((6, 1), 1.1)), ["5 of its 5 actions are outside", "0.1: clip"]),
     "hdf5: all timeouts": (hdf5(timeouts=np.ones(6)), ["no transition"]),
-    "hdf5: no row": (hdf5(0), ["lengths [0, 0, 0, 0, 0]"]),
+    "hdf5: no row": (hdf5(0), ["shapes (0, 2)"]),
     "hdf5: no environment": (lambda folder: hdf5()(folder)[:2], ["names no environment", "--eval-env", "--env"]),
     "hdf5: NaN in the last reward": (hdf5(rewards=[0, 1, 2, 3, 4, math.nan]), ["NaN", "reward"]),
     "an empty value": ("--eval-only=", ["an option has an empty value"]),
     "lost rewards": (minari_set(damage=lost_rewards), ["an episode cannot be read", "delete"]),
     "fewer goals": (minari_set(damage=fewer_goals), ["made/data-v0"]),
+    "scores that do not ascend": (minari_set(ref_min_score=1.0, ref_max_score=1.0), ["1.0 and 1.0, but must ascend"]),
     "half of the data": (minari_set(damage=half_of_it), ["made/data-v0", "delete"]),
     "discrete actions": (minari_set("CartPole-v1"), ["Discrete(2)"]),
     "unbounded actions": (minari_set(made("Ledger", low=[-1] * 60, high=[math.inf] * 60)), ["0 < high - low < 1e6"]),
@@ -2706,12 +2723,13 @@ def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, 
 def test_bad_sizes_for_the_memory_are_refused_and_mistakes_keep_their_traceback(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refused(["--device", "cuda:2"], "--device cuda:2 is not there: PyTorch sees cpu, cuda, cuda:0, cuda:1")
-    for error in (MemoryError, torch.OutOfMemoryError):
+    for error in (MemoryError, torch.OutOfMemoryError, RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         monkeypatch.setattr(erdp, "load_data", Mock(side_effect=error))
         refused(["--env", "toy", "--device", "cpu"], "needs more memory than there is")
-    monkeypatch.setattr(erdp, "load_data", Mock(side_effect=KeyError("a mistake")))
-    with pytest.raises(KeyError, match="a mistake"):
-        erdp.main(["--env", "toy"])
+    for error in (KeyError("a mistake"), RuntimeError("a mistake")):
+        monkeypatch.setattr(erdp, "load_data", Mock(side_effect=error))
+        with pytest.raises(type(error), match="a mistake"):
+            erdp.main(["--env", "toy"])
 
 
 @pytest.mark.parametrize("name, argv", [("checkpoint.pt", ["--resume"]), ("policy.pt", ["--eval-only"])])
@@ -2736,6 +2754,10 @@ def test_help_shows_the_rows_own_settings(capsys):
         erdp.main(["--env", "pen-human-v1", "--help"])
     said = capsys.readouterr().out
     assert "3e-05" in said and "--num-critics" in said
+    for argv in ("--env own", "--env=own", "--dataset mine/a-v0"):
+        with pytest.raises(SystemExit):
+            erdp.main([*argv.split(), "--help"])
+        assert "(default: 1000000)" in capsys.readouterr().out, "and not the toy's"
 
 
 # ==== Real processes ==================================================================================================
