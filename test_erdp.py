@@ -2407,7 +2407,8 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(minari_root, tmp_
     spec = EnvSpec.from_json(erdp.load_data(Args(env="ledger"))[0].spec)
     assert (spec.id, spec.max_episode_steps) == ("Ledger-v7", 2), "by the row's rule"
     named = make_minari(env, name="made/named-v0", eval_env=made("Ledger", 2, unstable=7))
-    by_name, by_env = "id Made-v0 / Ledger-v7, max_episode_steps 9 / 3", "max_episode_steps 9 / 2, unstable None / 7"
+    by_name = "id Made-v0 / Ledger-v7, max_episode_steps 9 / 3"
+    by_env = "max_episode_steps 9 / 2, unstable its default / 7"
     for eval_env, words in (("Ledger-v7", by_name), (None, by_env)):
         capsys.readouterr()
         erdp.load_data(Args(env="own", dataset=named, eval_env=eval_env))
