@@ -164,7 +164,7 @@ class Group(NamedTuple):
 
 def arm_of(config: dict) -> dict:
     """The settings that differ from the preset of the run's row, without those that change no result."""
-    preset = vars(erdp.preset(config["env"], config.get("variant", "paper")))
+    preset = vars(erdp.preset(config["env"], config.get("variant", "paper"))) | dict(variant="paper")
     names = [name for name in preset if name not in UNTOLD and name in config]
     arm = {name: config[name] for name in names if config[name] != preset[name]}
     return {k: x for k, x in arm.items() if not (CLONING.items() <= arm.items() and k in CRITICS_ONLY)}
