@@ -496,6 +496,7 @@ def run_all(folder, *words, **environment) -> subprocess.Popen:
         (folder / name).chmod(0o755)
     environment = dict(PATH=os.environ["PATH"], PYTHON="./fake") | environment
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # also in the background
     return subprocess.Popen(["bash", folder / "run_all.sh", *words], env=environment, cwd="/", **pipes)
 
 
