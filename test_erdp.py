@@ -1361,7 +1361,9 @@ def test_tables_1_and_2_have_these_rows_by_d4rls_rules():
         assert erdp.ROWS[env] == expected, env
     others = erdp.ROWS.keys() - ROWS_OF_TABLES_1_AND_2
     assert others == OWN_ROWS, f"add the names of rows of your own to OWN_ROWS: {others - OWN_ROWS}"
-    assert all(row.domain in erdp.DOMAINS and row.ref_min != row.ref_max for row in erdp.ROWS.values())
+    for env, row in erdp.ROWS.items():
+        assert row.domain in erdp.DOMAINS and row.ref_min < row.ref_max, env
+        assert erdp.preset(env).env == env, "its domain's settings are there"
 
 
 def test_table_4_is_the_preset_of_every_row(monkeypatch):
