@@ -256,7 +256,7 @@ def repeating(check: Check) -> bool:
 
 
 PENDULUM = """
-import importlib.util, sys, types
+import contextlib, importlib.util, sys, types
 if importlib.util.find_spec("gymnasium_robotics") is None:  # nothing of it is needed here
     sys.modules["gymnasium_robotics"] = types.SimpleNamespace(__version__="none")
 import erdp

@@ -129,3 +129,9 @@ def test_without_what_the_program_imports_it_says_so_in_a_sentence(monkeypatch, 
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("gpu_check: nothing can be checked, as an import fails here: import of erdp halted")
+
+
+@pytest.mark.slow
+def test_workers_part_counts_the_processes_that_play_a_run(capsys):
+    assert gpu_check.workers(CHECK), capsys.readouterr().out
+    assert "worker processes, 8 episodes an evaluation" in capsys.readouterr().out
