@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
@@ -65,7 +65,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import erdp
 from erdp import Agent, Args, Batch, MeanRevertingSDE, Noise, NoiseNetwork, QEnsemble
 
-settings.register_profile("erdp", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+phases = set(Phase) - {Phase.explain}  # which would run a failing test for a minute more, and say little of tensors
+slow = [HealthCheck.too_slow]
+settings.register_profile("erdp", deadline=None, max_examples=30, suppress_health_check=slow, phases=phases)
 settings.load_profile("erdp")
 torch.set_num_threads(1)  # every tensor here is small
 # A signal that is ignored, as after `nohup pytest &`, would be ignored by every process that is started here, too.
@@ -139,9 +141,10 @@ def own(table: str, name: str):
 
 
 def test_every_option_that_erdp_offers_has_an_independent_formula_here():
-    for table in ("SCHEDULES", "LOSSES", "VARIANTS", "PESSIMISM"):
-        for name in getattr(erdp, table):
-            own(f"LITERAL_{table}", name)
+    tables = dict(SCHEDULES="SCHEDULES", LOSSES="LOSSES", ENTROPIES="VARIANTS", VARIANTS="VARIANTS")
+    for here, there in (tables | dict(PESSIMISM="PESSIMISM")).items():
+        for name in getattr(erdp, there):
+            own(f"LITERAL_{here}", name)
     members_of(copied(QEnsemble(1, 1, 1, 1)))  # whose message says what a new critic wants
 
 
@@ -340,13 +343,16 @@ LITERAL_LOSSES = dict(
 )
 
 
-@given(cases())
-def test_eq05_is_the_mean_squared_error_of_the_noise_and_the_other_losses_are_of_means_of_eq07(case):
+def check_loss(name, case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
     symbols = *map(torch.tensor, (case.prime, case.bar, case.before)), case.x, x_t, case.y, case.z
-    for name, loss in erdp.LOSSES.items():
-        expected = own("LITERAL_LOSSES", name)(*symbols)
-        agree(f"loss {name}", loss(case.sde, case.x, x_t, case.t, case.y, case.z), expected, rtol=1e-8)
+    found, expected = erdp.LOSSES[name](case.sde, case.x, x_t, case.t, case.y, case.z), own("LITERAL_LOSSES", name)
+    agree(f"loss {name}", found, expected(*symbols), rtol=1e-8)
+
+
+@given(cases())
+def test_eq05_is_the_mean_squared_error_of_the_noise(case):
+    check_loss("noise", case)
 
 
 # ==== Eq. 6-8: the posterior, and x0-hat ==============================================================================
@@ -469,8 +475,15 @@ def literal_log_prob(variant, prime, bar, a_0, eps_hat, a_T):
     return g(a_1, a_T, bar[-1] - bar[2]) + g(a_0, a_1, bar[2] - bar[1]) - g(a_0, a_T, bar[-1] - bar[1])
 
 
-# Eq. 15 of alpha, lambda, L_diff, Q's value, the entropy h (of `literal_policy_loss`), the number of action dimensions
-# and h's magnitude.
+# The entropy h (B,) that each variant adds, from theta' and theta_bar over t = 0..T, each row's time, a^0-hat, the
+# predicted noise and a^T.
+LITERAL_ENTROPIES = dict(
+    paper=lambda prime, bar, t, a_0, eps_hat, a_T: -literal_log_prob("paper", prime, bar, a_0, eps_hat, a_T),
+    released=lambda prime, bar, t, a_0, eps_hat, a_T: -literal_log_prob("released", prime, bar, a_0, eps_hat, a_T),
+    debruijn=lambda prime, bar, t, a_0, eps_hat, a_T: literal_entropy(prime, bar, t, eps_hat),
+)
+# Eq. 15 of alpha, lambda, L_diff, Q's value, the entropy's mean, the number of action dimensions and the mean of
+# the entropy's magnitude.
 LITERAL_VARIANTS = dict(
     paper=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * (q + alpha * h),
     released=lambda alpha, lambda_, l_diff, q, h, A, h_size: l_diff - lambda_ * q - alpha * h / h_size,
@@ -542,10 +555,7 @@ def literal_policy_loss(args, members, batch, noise, q_data, eps_hat):
     l_diff = own("LITERAL_LOSSES", args.loss)(prime_t, bar_t, before_t, batch.action, x_t, noise.eps, eps_hat)
     a_0 = torch.exp(bar_t) * (x_t - std_t * eps_hat)
     clipped = torch.where(a_0.abs() <= 1, a_0, a_0.sign().detach())  # without gradient outside
-    if args.variant == "debruijn":
-        entropy = literal_entropy(prime, bar, t, eps_hat)
-    else:
-        entropy = -literal_log_prob(args.variant, prime, bar, a_0, eps_hat, noise.a_T)
+    entropy = own("LITERAL_ENTROPIES", args.variant)(prime, bar, t, a_0, eps_hat, noise.a_T)
     pessimistic = own("LITERAL_PESSIMISM", args.pessimism)
     seen = [b for b in range(len(t)) if t[b] <= (args.q_time or args.num_diffusion_steps)]  # rows whose a_0 Q sees
     q = literal_q_of(members, batch.state, clipped)
@@ -610,14 +620,6 @@ def test_eq13_does_not_hold_for_a_mixture():
     assert log_slope.max() - log_slope.min() > 1, "for a mixture log pi(a^1) - log pi(a^0) is not constant"
 
 
-@given(st.sampled_from(["paper", "released"]), st.sampled_from([3, 5, 20]), st.integers(0, 99))
-def test_eq13_log_density_of_a1_is_a_literal_one(variant, T, seed):
-    """At Eq. 4 of a^0-hat and the predicted noise, or as the released code has it."""
-    a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
-    expected = literal_log_prob(variant, *literal_theta("cosine", T), a_0, eps_hat, a_T)
-    agree("Eq. 13", erdp.policy_log_prob(sde64(T), a_0, eps_hat, a_T, variant), expected, rtol=1e-8, atol=1e-8)
-
-
 @given(cases())
 def test_eq14_is_the_joint_gaussians_conditional_density(case):
     """(x_1, x_T) given x_0 is jointly Gaussian; SciPy's joint density less that of x_T."""
@@ -632,6 +634,15 @@ def test_eq14_is_the_joint_gaussians_conditional_density(case):
         expected[b] += joint - norm.logpdf(x_T, mean[1], math.sqrt(var_T))
         size = max(size, abs(joint))
     agree("Eq. 14", case.sde.log_prob_x1(case.x, case.y, case.z), expected, atol=1e-9 * size)
+
+
+@given(st.sampled_from(["paper", "released"]), st.sampled_from([3, 5, 20]), st.integers(0, 99))
+def test_eq15_log_density_of_a1_hat_is_a_literal_one(variant, T, seed):
+    """At Eq. 4 of a^0-hat and the predicted noise, or as the released code has it."""
+    a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
+    expected = literal_log_prob(variant, *literal_theta("cosine", T), a_0, eps_hat, a_T)
+    found = erdp.policy_log_prob(sde64(T), a_0, eps_hat, a_T, variant)
+    agree("log p(a^1-hat | a^T)", found, expected, rtol=1e-8, atol=1e-8)
 
 
 @settings(max_examples=100)
@@ -840,6 +851,14 @@ def test_eq17_is_the_mean_less_beta_deviations(q, beta):
     agree("clipped double Q: the least", least, q.min(0), rtol=0, atol=0)
 
 
+@given(st.sampled_from([*erdp.PESSIMISM]), st.integers(1, 5), st.integers(0, 999))
+def test_eq17_is_over_the_members_alone_whatever_the_other_axes(name, M, seed):
+    """As in acting, where Q has the shape (M, N, C)."""
+    q, args = gaussian(M, 3, 4, seed=seed), Args(pessimism=name, lcb_coef=1.3)
+    expected = torch.stack([own("LITERAL_PESSIMISM", name)(q[:, n], args) for n in range(3)])
+    agree(f"Eq. 17, option {name}: (M, N, C) -> (N, C)", erdp.pessimistic_value(q, args), expected)
+
+
 def test_eq17_has_the_means_gradient_where_members_agree():
     for unbiased in (False, True):
         value_of = functools.partial(erdp.lcb, beta=4.0, unbiased=unbiased)
@@ -939,7 +958,7 @@ def test_ensemble_equals_separate_networks_over_any_leading_axes(M, lead, S, A, 
     expected = literal_q_of(members_of(named), state.reshape(-1, S), action.reshape(-1, A)).reshape(M, *lead)
     slopes = torch.autograd.grad((expected * weight).sum(), [action, *named.values()])
     q, frozen = critics(state, action), critics(state, action, frozen=True)
-    agree("QEnsemble (M, ...), state before action", q, expected)
+    agree("QEnsemble (M, ...), state before action (of new critics, `literal_q` has the formula)", q, expected)
     assert torch.equal(frozen, q), "frozen does not change the values"
     found = torch.autograd.grad((q * weight).sum(), [action, *critics.parameters()])
     for name, ours, theirs in zip(["the action", *named], found, slopes):
@@ -1017,6 +1036,50 @@ def test_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceed
         candidates, column = torch.arange(len(value))[None, :, None], torch.tensor([[u]], dtype=torch.float64)
         found = erdp.choose_action(candidates, torch.tensor([value]), column).item()
         assert found == expected, f"u = {u}, values {value}: {found}, expected {expected}"
+
+
+def actor_of(candidates=6, **choices) -> erdp.Actor:
+    """In states of three numbers, which the environment has as a dict, with members that differ."""
+    torch.manual_seed(0)
+    agent = Agent(3, 2, Args(hidden=32, num_critics=3, eval_candidates=candidates, **choices))
+    for p in agent.critics_target.parameters():
+        p.copy_(0.5 * torch.randn(p.shape))
+    return erdp.Actor(agent, dict(a=[1], b=[2, 1]), [-1, 0], [3, 0.5])
+
+
+def literal_action(actor, state, stream):
+    """The action (2,) in one state (3,) by its stream's numbers, and the largest chance that a candidate has."""
+    agent, args = actor.agent, actor.agent.args
+    noise = torch.tensor(stream.standard_normal((5, args.eval_candidates, 2), np.float32)).double()
+    states = torch.tensor(state).expand(args.eval_candidates, -1)
+    network = functools.partial(literal_noise_network, copied(agent.policy.double()))
+    members = members_of(copied(agent.critics_target.double()))
+    with torch.no_grad():
+        actions = literal_sample(network, "cosine", 5, states, noise, args.clip_denoised, True)
+        value = own("LITERAL_PESSIMISM", args.pessimism)(literal_q_of(members, states, actions), args)
+    share = scipy.special.softmax(value.numpy())
+    chosen = np.searchsorted(np.cumsum(share), stream.random()) if len(share) > 1 else 0
+    return np.array([-1, 0]) + (actions[chosen].numpy() + 1) / 2 * np.array([4, 0.5]), share.max()
+
+
+def check_actor(claim, actor, N=30):
+    states = np.random.default_rng(0).normal(size=(N, 3))
+    found = actor(states, [np.random.default_rng(n) for n in range(N)])
+    expected, shares = zip(*(literal_action(actor, state, np.random.default_rng(n)) for n, state in enumerate(states)))
+    agree(claim, found, np.array(expected), rtol=1e-3, atol=1e-3)
+    return shares
+
+
+def test_acting_draws_a_candidate_by_softmax_over_its_pessimistic_value():
+    for choices in (dict(lcb_coef=0.7), dict(lcb_coef=0.7, variant="released"), dict(pessimism="min")):
+        shares = check_actor(f"actions, {choices}", actor_of(**choices))
+        assert 0.3 < np.mean(shares) < 0.9, "the values matter, and so does chance"
+
+
+@pytest.mark.parametrize("clip_denoised", [True, False], ids=["action clip", "none"])
+def test_acting_samples_by_eq10_from_the_policy_clipped_as_in_training(clip_denoised):
+    """One candidate a state, with the stream's Gaussians as x_T and the noise of the steps that follow."""
+    check_actor("actions", actor_of(1, clip_denoised=clip_denoised))
 
 
 # ==== Algorithm 1 =====================================================================================================
@@ -1297,6 +1360,11 @@ def test_eq38_posterior_mean_is_the_optimal_reverse_path(case):
     assert (after > at).all(), "A.3: a minimum of Eq. 37"
 
 
+@given(cases(), st.sampled_from([*erdp.LOSSES]))
+def test_eq40_every_loss_in_place_of_eq05_is_a_literal_one(case, name):
+    check_loss(name, case)
+
+
 @given(cases())
 def test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser(case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
@@ -1575,7 +1643,7 @@ def test_data_antmaze_episodes_end_terminal_at_the_goal_and_nothing_later_is_use
     assert len(elsewhere.reward) == 6 and not elsewhere.terminal.any(), "other domains go on after a reward"
 
 
-def test_data_rewards_are_scaled_by_domain():
+def test_data_rewards_are_scaled_by_domain(tmp_path):
     rewards, std = [0.0, 1.0, 1.0, 6.0], statistics.pstdev([0, 1, 1, 6])
     scaled = {"own": rewards, "kitchen-mixed-v0": rewards, "pen-human-v1": [(reward - 2) / std for reward in rewards]}
     for row, expected in scaled.items():
@@ -1586,6 +1654,8 @@ def test_data_rewards_are_scaled_by_domain():
         agree(f"rewards of {row}", data.reward, np.array(expected, np.float32), rtol=1e-6, atol=1e-7)
         rule = {"terminate_on_tasks_completed", "remove_task_when_completed"} if part else {}
         assert EnvSpec.from_json(task.spec).kwargs.items() >= dict.fromkeys(rule, True).items(), "by D4RL's rule"
+    hopper = Args(env="hopper-medium-v2", dataset=str(d4rl_file(tmp_path / "hopper.hdf5", sizes=(11, 3))))
+    assert erdp.load_data(hopper)[1].reward.tolist() == [0, 1, 2, 3, 4], "Gym's rewards stay as they are"
     _, same = load([episode(0, [3, 3], observations=np.ones((3, 45)))], "pen-human-v1", states=45)
     assert same.reward.tolist() == [0, 0], "standardised rewards that do not differ are 0, not NaN"
     assert len(load([episode(0, [0, 1])], "pen-human-v1")[1].reward) == 2, "also where no state says where a pen is"
@@ -1858,15 +1928,6 @@ def test_evaluation_does_not_depend_on_how_many_environments_step_together():
     score(Gambler(), num_envs=2, unstable=seeds[9])  # what comes after the last episode does not count
 
 
-def actor_of(candidates=6, **choices) -> erdp.Actor:
-    """In states of three numbers, which the environment has as a dict, with members that differ."""
-    torch.manual_seed(0)
-    agent = Agent(3, 2, Args(hidden=32, num_critics=3, eval_candidates=candidates, **choices))
-    for p in agent.critics_target.parameters():
-        p.copy_(0.5 * torch.randn(p.shape))
-    return erdp.Actor(agent, dict(a=[1], b=[2, 1]), [-1, 0], [3, 0.5])
-
-
 def test_actor_of_one_sample_draws_nothing_but_its_noise():
     stream, same = np.random.default_rng(0), np.random.default_rng(0)
     actor_of(candidates=1)(np.zeros(3, np.float32), stream)
@@ -1878,41 +1939,6 @@ def test_actor_can_be_pickled():
     actor, state = actor_of(), np.ones((1, 3), np.float32)
     copy = pickle.loads(pickle.dumps(actor))
     agree("a copy's action", *(each(state, np.random.default_rng(0)) for each in (copy, actor)))
-
-
-def literal_action(actor, state, stream):
-    """The action (2,) in one state (3,) by its stream's numbers, and the largest chance that a candidate has."""
-    agent, args = actor.agent, actor.agent.args
-    noise = torch.tensor(stream.standard_normal((5, args.eval_candidates, 2), np.float32)).double()
-    states = torch.tensor(state).expand(args.eval_candidates, -1)
-    network = functools.partial(literal_noise_network, copied(agent.policy.double()))
-    members = members_of(copied(agent.critics_target.double()))
-    with torch.no_grad():
-        actions = literal_sample(network, "cosine", 5, states, noise, args.clip_denoised, True)
-        value = own("LITERAL_PESSIMISM", args.pessimism)(literal_q_of(members, states, actions), args)
-    share = scipy.special.softmax(value.numpy())
-    chosen = np.searchsorted(np.cumsum(share), stream.random()) if len(share) > 1 else 0
-    return np.array([-1, 0]) + (actions[chosen].numpy() + 1) / 2 * np.array([4, 0.5]), share.max()
-
-
-def check_actor(claim, actor, N=30):
-    states = np.random.default_rng(0).normal(size=(N, 3))
-    found = actor(states, [np.random.default_rng(n) for n in range(N)])
-    expected, shares = zip(*(literal_action(actor, state, np.random.default_rng(n)) for n, state in enumerate(states)))
-    agree(claim, found, np.array(expected), rtol=1e-3, atol=1e-3)
-    return shares
-
-
-def test_actor_draws_a_candidate_by_softmax_over_its_pessimistic_value():
-    for choices in (dict(lcb_coef=0.7), dict(lcb_coef=0.7, variant="released"), dict(pessimism="min")):
-        shares = check_actor(f"actions, {choices}", actor_of(**choices))
-        assert 0.3 < np.mean(shares) < 0.9, "the values matter, and so does chance"
-
-
-@pytest.mark.parametrize("clip_denoised", [True, False], ids=["action clip", "none"])
-def test_actors_samples_are_those_of_eq10_by_the_policy_clipped_as_in_training(clip_denoised):
-    """One candidate a state, with the stream's Gaussians as x_T and the noise of the steps that follow."""
-    check_actor("actions", actor_of(1, clip_denoised=clip_denoised))
 
 
 def test_actor_takes_observations_flat_or_as_the_environment_has_them_one_or_many():
@@ -2069,7 +2095,7 @@ def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monk
 
 def losses(**changes) -> dict:
     """What an update returns."""
-    return {name: torch.tensor(value) for name, value in (dict.fromkeys(LOSSES, 1.0) | changes).items()}
+    return {name: torch.tensor(value) for name, value in (dict.fromkeys(erdp.METRICS, 1.0) | changes).items()}
 
 
 def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ TESTS = {
     "noise_network": ["NoiseNetwork.__init__", "NoiseNetwork.forward"],
     "ensemble or eq15": ["QEnsemble.__init__", "QEnsemble.forward"],
     "acting": ["choose_action"],
-    "actor": ["Actor.__call__"],
+    "acting or actor": ["act", "Actor.__call__"],
     "toy": ["toy_episodes"],
     "maze": ["same_walls"],
     "data or hdf5 or bad": ["hdf5_episodes", "flatten", "load_data"],
