@@ -67,7 +67,7 @@ class Args(Start):
 
     num_steps: int = 1_000_000  # updates in all
     batch_size: int = 256  # transitions in an update
-    hidden: int = 256  # width of every network
+    hidden: int = 256  # width of every hidden layer
     discount: float = 0.99  # gamma
     # critics
     num_critics: int = 64  # M, the size of the ensemble
@@ -75,7 +75,7 @@ class Args(Start):
     pessimism: Literal[tuple(PESSIMISM)] = "lcb"  # lcb: Eq. 17, independent targets; min: clipped double Q, one target
     max_q_backup: bool = False  # whether a target takes the best of 10 next actions
     critic_lr: float = 3e-4  # learning rate of the critics, the same in every domain of the paper
-    target_rate: float = 0.005  # at which Q's targets follow ("eta" in Algorithm 1, which is not the eta of Eq. 12)
+    target_rate: float = 0.005  # rate at which Q's targets follow Q (Algorithm 1's "eta", which is not Eq. 12's)
     # policy
     num_diffusion_steps: int = 5  # T
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # theta_t of Eq. 1 over t
@@ -86,7 +86,7 @@ class Args(Start):
     clip_denoised: bool = True  # clamp x0-hat to the action bounds inside each reverse step (Table 4's action clip)
     lr: float = 3e-4  # learning rate of the policy
     grad_norm: float = 4.0  # norm to which the policy's gradient and the whole ensemble's are each clipped
-    ema_rate: float = 0.005  # at which the EMA policy, from which Q's next actions come, follows the policy
+    ema_rate: float = 0.005  # rate at which the EMA policy, from which Q's next actions come, follows the policy
     ema_every: int = 5  # updates between two moves of the EMA policy
     ema_start: int = 1000  # updates before the EMA policy may move
     # evaluation
@@ -96,7 +96,7 @@ class Args(Start):
     eval_env: str | None = None  # an environment in place of the row's or the data's: an id, module:id or module:Class
     # speed
     compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling at T = 5
-    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of products; tf32 is CUDA's, bf16 the ensemble's
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of matrix products; tf32: on CUDA, bf16: in Q
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -285,7 +285,7 @@ def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_
 
 
 def choose_action(actions, value, u):
-    """The released code's way to act, of which the paper says nothing: of C samples one, by softmax over their values.
+    """One of C samples, drawn by softmax over their values: the released code's way to act, as the paper names none.
 
     actions (N, C, A), value (N, C), u (N, 1) uniform on [0, 1) in float64 -> (N, A).
     """
@@ -296,7 +296,10 @@ def choose_action(actions, value, u):
 
 
 def act(policy, critics, sde, state, noise, u, args: Args):
-    """Actions (N, A) for states (N, S): of C samples each, from noise (T, N, C, A), `choose_action`'s by u (N, 1)."""
+    """Actions (N, A) for states (N, S).
+
+    From noise (T, N, C, A) come C samples a state, of which `choose_action` draws one with u (N, 1).
+    """
     state = state[:, None].expand(-1, noise.shape[2], -1)  # (N, C, S)
     actions = sample_actions(policy, sde, state, noise, args.clip_denoised)  # (N, C, A)
     if actions.shape[1] == 1:
@@ -333,9 +336,10 @@ def noise_loss(sde, x_0, x_t, t, eps, eps_hat):
 
 
 def likelihood_loss(sde, x_0, x_t, t, eps, eps_hat):
-    """Table 4's loss: an Euler step of Eq. 3's drift against the posterior mean (Eq. 40), which it is not.
+    """Table 4's loss: an Euler step of Eq. 3's drift, held against the posterior mean (Eq. 40).
 
-    IR-SDE at 2598d73cde, codes/utils/sde_utils.py:41 and 196; the released code at 145390c935, agents/diffusion.py:75.
+    The two differ even for the true noise. IR-SDE at 2598d73cde, codes/utils/sde_utils.py:41 and 196; the released code
+    at 145390c935, agents/diffusion.py:75.
     """
     optimal, _ = sde.posterior(x_t, x_0, t)  # Eq. 40
     score = -eps_hat / sde.transition(0, t)[1].sqrt()  # Eq. 30
@@ -438,7 +442,7 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
     scale = q if args.variant == "released" else pessimistic_value(q_data, args)
     lambda_ = args.eta / scale.abs().mean().detach()  # eta / E|Q(s, a)|, Q by Eq. 17; released: each Q_m at a^0-hat
     weight = args.entropy_coef * weight_of(entropy, lambda_, eps_hat.shape[-1])
-    bonus = weight * entropy.mean() if args.entropy_coef else 0.0  # with alpha = 0 not even where it is infinite
+    bonus = weight * entropy.mean() if args.entropy_coef else 0.0  # 0 times an infinite entropy would be NaN
     loss = l_diff - lambda_ * value - bonus  # Eq. 15
     measured = dict(diffusion_loss=l_diff, lcb=value, entropy=entropy.mean())
     return {"policy_loss": loss} | {name: term.detach() for name, term in measured.items()}
@@ -583,9 +587,9 @@ def mish(x):
 
 
 class Captured:
-    """A function without arguments as one CUDA graph. Each call runs it once: three times as it is, then as a replay.
+    """Runs a function without arguments, from the fourth call on by replaying one CUDA graph of it.
 
-    The function must read and write the same tensors in place, and wait for nothing.
+    The function must read and write the same tensors in place at every call, and must not wait for the device.
     """
 
     def __init__(self, function: Callable[[], None]):
@@ -616,7 +620,7 @@ def use_device(args: Args):
     """
     if args.device == "cpu":
         if args.hidden <= 64:
-            torch.set_num_threads(1)  # more gain nothing in such products, and wait for each other on busy cores
+            torch.set_num_threads(1)  # in such small products more would only wait for each other
         exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
         torch.set_float32_matmul_precision("medium" if exact else "highest")
     else:
@@ -733,7 +737,7 @@ ROWS["own"] = Row("own", None, None, None, 0.0, 100.0)
 def preset(env: str, variant: str = "paper", device: str = "") -> Args:
     """The paper's settings for `env`, on `device` or this machine's own."""
     args = Args(env=env, **DOMAINS[ROWS[env].domain].settings)
-    args.variant = variant
+    args.variant = variant  # not above, where Table 4's likelihood loss, which a user may replace, would be refused
     if variant == "debruijn":
         args.entropy_coef = 0.03  # chosen on the toy with 20% of good steps (entropy.md)
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
@@ -772,14 +776,14 @@ say = tqdm.write  # a line, above the progress bar if there is one
 
 
 class UserError(Exception):
-    """What a user has to see to: its one sentence goes to stderr, and the program ends with status 2."""
+    """A problem that its reader can solve: the one sentence goes to stderr, and the program ends with status 2."""
 
 
 @contextlib.contextmanager
 def refusing(problem: str, *also: type[Exception]):
-    """Makes a UserError of a library's ValueError or OSError, or of `also`: the problem, and its reason.
+    """Turns a ValueError, an OSError or one of `also` into a UserError, which names the problem and its reason.
 
-    Any other exception within is a mistake of ours, and keeps its traceback.
+    Any other exception is a mistake of ours, and keeps its traceback.
     """
     try:
         yield
@@ -854,9 +858,7 @@ def read_data(args: Args):
             say(f"{name} is not in {folder}: looking for it on Minari's server")
             problem = f"{name} cannot be downloaded, and is not in {folder}"
         with refusing(problem, Exception):
-            data = minari.load_dataset(name, download=True)
-            next(iter(data), None)  # where it is damaged, it shows here
-            return data
+            return minari.load_dataset(name, download=True)
 
 
 def fetch_d4rl(name: str) -> Path:
@@ -979,7 +981,7 @@ def flatten(shapes, observation) -> np.ndarray:
 
 @dataclasses.dataclass
 class Task:
-    """What a policy plays and how that is scored, in plain values, which its file has beside the weights."""
+    """What a policy plays and how its returns are scored, in plain values, as they are saved beside its weights."""
 
     domain: str  # a key of DOMAINS
     dataset_id: str
@@ -1006,9 +1008,11 @@ def as_json(spec: EnvSpec) -> str:
         return spec.to_json()
 
 
-def readable(data):
+def readable(data, name: str):
     """Yields the episodes, until one cannot be read, of a Minari set that is damaged."""
-    with refusing("an episode cannot be read: if the set is damaged or cut off, delete it", Exception):
+    folder = minari.storage.get_dataset_path()
+    problem = f"an episode of {name} cannot be read (if the set is damaged or cut off, delete it in {folder})"
+    with refusing(problem, Exception):
         yield from data
 
 
@@ -1017,11 +1021,11 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     """The task that --env and --dataset name, and its data as float32 tensors, with actions in [-1, 1]."""
     row = ROWS[args.env]
     domain = DOMAINS[row.domain]
-    data = read_data(args)
+    data, dataset_id = read_data(args), args.dataset or row.dataset
     spec, about = describe_env(args, data)
     state_dim, shape = size(about["layout"]), np.shape(about["low"])
     episodes, rewards, ended = [], [], []
-    reading = tqdm(readable(data), "reading episodes", len(data), delay=3, leave=False, disable=None)
+    reading = tqdm(readable(data, dataset_id), "reading episodes", len(data), delay=3, leave=False, disable=None)
     for number, episode in enumerate(reading):
         state = flatten(about["layout"], episode.observations)
         columns = episode.actions, episode.rewards, episode.terminations, episode.truncations
@@ -1070,7 +1074,7 @@ def load_data(args: Args) -> tuple[Task, Batch]:
         raise ValueError(f"its reference scores are {ref_min} and {ref_max}, but must ascend")
     task = Task(
         domain=row.domain,
-        dataset_id=args.dataset or row.dataset,
+        dataset_id=dataset_id,
         transitions=len(action),
         data_checksum=functools.reduce(lambda crc, column: zlib.crc32(column, crc), columns, 0),
         data_episodes=len(own),
@@ -1124,7 +1128,7 @@ class Actor:
 
 
 class OneEpisode(gym.Wrapper):
-    """One episode of flat states and, as `info`, what it has come to. Once ended it stands still until a reset."""
+    """Observes flat states, and tells in `info` what its episode has come to. After its end it waits for a reset."""
 
     def __init__(self, env: gym.Env, task: Task):
         super().__init__(env)
@@ -1296,10 +1300,10 @@ def load_policy(path, device="cpu", **settings) -> Actor:
 
 @contextlib.contextmanager
 def interruptible():
-    """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates. A later one ends the program.
+    """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates. A later signal ends the program.
 
-    The signal may have reached a compiler or a worker too: an exception that follows from it ends the program in peace.
-    Python hands signals to its main thread alone: in another one, as a sweep's agent may start, nothing is filled.
+    The signal may reach a compiler or a worker too: what fails because of that ends the program without a traceback.
+    Python hands signals to its main thread alone: in another thread, as in a sweep's agent, the list stays empty.
     """
     stops, times = [], []
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
