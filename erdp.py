@@ -816,14 +816,12 @@ def hdf5_episodes(path: Path) -> list[minari.EpisodeData]:
     """
     keys = "observations", "actions", "rewards", "terminals", "timeouts"
     with refusing(f"{path} is not in D4RL's layout of {', '.join(keys)}", KeyError, TypeError), h5py.File(path) as file:
-        columns = [file[key][()] for key in keys]
-        lengths = [len(column) for column in columns]
-        flat = all(column.ndim == 1 for column in columns[2:])
-        if len(set(lengths)) > 1 or not all(lengths) or not flat:
+        state, action, reward, terminal, timeout = columns = [file[key][()] for key in keys]
+        n = len(reward)
+        flat = reward.shape == terminal.shape == timeout.shape == (n,)
+        if not flat or not len(state) == len(action) == n > 0:
             raise ValueError(f"these have the shapes {', '.join(str(column.shape) for column in columns)}")
-    state, action, reward, terminal, timeout = columns
-    ends = np.flatnonzero((terminal != 0) | (timeout != 0)) + 1
-    ends = np.union1d(ends, len(reward))
+    ends = np.union1d(np.flatnonzero((terminal != 0) | (timeout != 0)) + 1, n)
     episodes = []
     for first, end in zip([0, *ends], ends):
         steps = slice(first, end)
@@ -880,9 +878,7 @@ def register_robots():
         sys.path.append(os.getcwd())
     gym.logger.min_level = gym.logger.ERROR  # no word of a version newer than `-v4`
     with contextlib.redirect_stderr(io.StringIO()):
-        import gymnasium_robotics
-
-        gym.register_envs(gymnasium_robotics)
+        import gymnasium_robotics  # noqa: F401 (which registers them)
 
 
 def describe_env(args: Args, data=None) -> tuple[EnvSpec, dict]:
@@ -1008,14 +1004,6 @@ def as_json(spec: EnvSpec) -> str:
         return spec.to_json()
 
 
-def readable(data, name: str):
-    """Yields the episodes, until one cannot be read, of a Minari set that is damaged."""
-    folder = minari.storage.get_dataset_path()
-    problem = f"an episode of {name} cannot be read (if the set is damaged or cut off, delete it in {folder})"
-    with refusing(problem, Exception):
-        yield from data
-
-
 @np.errstate(over="ignore")  # what float32 cannot hold is refused below
 def load_data(args: Args) -> tuple[Task, Batch]:
     """The task that --env and --dataset name, and its data as float32 tensors, with actions in [-1, 1]."""
@@ -1025,8 +1013,10 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     spec, about = describe_env(args, data)
     state_dim, shape = size(about["layout"]), np.shape(about["low"])
     episodes, rewards, ended = [], [], []
-    reading = tqdm(readable(data, dataset_id), "reading episodes", len(data), delay=3, leave=False, disable=None)
-    for number, episode in enumerate(reading):
+    damaged = f"an episode of {dataset_id} cannot be read (if the set is damaged or cut off, delete it)"
+    for number in tqdm(range(len(data)), "reading episodes", delay=3, leave=False, disable=None):
+        with refusing(damaged, Exception):
+            episode = data[number]
         state = flatten(about["layout"], episode.observations)
         columns = episode.actions, episode.rewards, episode.terminations, episode.truncations
         action, reward, terminal, truncated = (np.array(column, float) for column in columns)
@@ -1113,9 +1103,8 @@ class Actor:
         agent, args = self.agent, self.agent.args
         device = agent.sde.theta_bar.device
         T, C, A = agent.sde.num_steps, args.eval_candidates, self.low.size
-        generator = np.random.default_rng() if generator is None else generator
         states = torch.as_tensor(np.atleast_2d(state), device=device)
-        streams = generator if isinstance(generator, list) else [generator] * len(states)
+        streams = generator if isinstance(generator, list) else [np.random.default_rng(generator)] * len(states)
         noise = [stream.standard_normal((T, C, A), np.float32) for stream in streams]
         noise = torch.as_tensor(np.stack(noise, 1), device=device)  # (T, N, C, A)
         u = [[stream.random() if C > 1 else 0.0] for stream in streams]
@@ -1486,8 +1475,7 @@ def train(args: Args) -> int:
         with interruptible() as stops:
             while True:
                 if run.evaluation_due() and not stops:
-                    played = evaluate(run.actor, envs, args.eval_episodes, args.seed, stops)
-                    if played is not None:
+                    if played := evaluate(run.actor, envs, args.eval_episodes, args.seed, stops):
                         row = run.record(played)
                         writer.add_scalar("score", row["score_mean"], run.step)
                         say(f"update {run.step}: {in_words(row)}")
@@ -1504,9 +1492,7 @@ def train(args: Args) -> int:
                         writer.add_scalar(f"losses/{name}", value, run.step)
                     words = "critic {critic_loss:.3g}, diffusion {diffusion_loss:.3g}, Q {q:.4g}".format(**losses)
                     bar.set_postfix_str(words)
-                    if run.evaluation_due():
-                        run.save()
-                    elif time.monotonic() - run.saved > SAVE_EVERY:
+                    if run.evaluation_due() or time.monotonic() - run.saved > SAVE_EVERY:
                         run.save()
                         say(f"update {run.step}: {words}")  # for whoever reads a log file
             if stops:
@@ -1620,12 +1606,9 @@ def main(argv: list[str] | None = None) -> int:
             problem = f"--device {args.device} is not there: PyTorch sees {', '.join(there)}"
             raise UserError(problem + ", and a run goes on only on the kind of device where it began" * args.resume)
         return evaluate_only(args) if args.eval_only else train(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines
-        return 2
-    except FloatingPointError as error:
-        print("erdp:", error, file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, FloatingPointError) else 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise

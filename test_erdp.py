@@ -2648,7 +2648,7 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "hdf5: no environment": (lambda folder: hdf5()(folder)[:2], ["names no environment", "--eval-env", "--env"]),
     "hdf5: NaN in the last reward": (hdf5(rewards=[0, 1, 2, 3, 4, math.nan]), ["NaN", "reward"]),
     "an empty value": ("--eval-only=", ["an option has an empty value"]),
-    "lost rewards": (minari_set(damage=lost_rewards), ["an episode cannot be read", "delete"]),
+    "lost rewards": (minari_set(damage=lost_rewards), ["an episode of made/data-v0 cannot be read", "delete"]),
     "fewer goals": (minari_set(damage=fewer_goals), ["made/data-v0"]),
     "scores that do not ascend": (minari_set(ref_min_score=1.0, ref_max_score=1.0), ["1.0 and 1.0, but must ascend"]),
     "half of the data": (minari_set(damage=half_of_it), ["made/data-v0", "delete"]),

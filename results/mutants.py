@@ -66,7 +66,7 @@ EQUIVALENT = {
     "policy_loss `-1` to `1` in `weight = args.entropy_coef": "the predicted noise has two axes",
     "Agent.__init__ `QEnsemble(state_dim": "the ensemble takes the sum of both",
     "toy_episodes `0 * terminal` to": "an episode's last step alone is asked whether it is cut, and has 0 in both",
-    "load_data `3` to `4` in `reading = tqdm(": "seconds until the bar shows",
+    "load_data `3` to `4` in `for number in tqdm(": "seconds until the bar shows",
     "QEnsemble.forward `0` to `1` in `x = x.reshape(": "every layer has a bias for each member",
 }
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
