@@ -627,6 +627,7 @@ def use_device(args: Args):
         torch.cuda.set_device(torch.device(args.device).index or 0)  # which "cuda" alone has not
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")  # high: TF32
     if args.compile:
+        torch.compiler.reset()  # what an earlier run in this process compiled was for its own settings
         say("compiling, which takes half a minute or more")
         with refusing("torch.compile does not work here, and --no-compile does without it", Exception):
             torch.compile(lambda x: x + 1)(torch.zeros(64, device=args.device))
@@ -891,7 +892,8 @@ def describe_env(args: Args, data=None) -> tuple[EnvSpec, dict]:
     domain = DOMAINS[row.domain]
     if row.domain != "toy" or args.eval_env:
         register_robots()
-    name, recorded = args.eval_env or row.env, getattr(data, "env_spec", None)
+    name = args.eval_env or row.env
+    recorded = getattr(data, "env_spec", None) or getattr(data, "_eval_env_spec", None)  # a set may name either
     if name is None and recorded is None:
         raise ValueError("it names no environment: give --eval-env ID, or with a D4RL file a Gym row's --env")
     with refusing(f"the environment {name or recorded.id} cannot be made", Exception):
@@ -1496,6 +1498,7 @@ def train(args: Args) -> int:
                         run.save()
                         say(f"update {run.step}: {words}")  # for whoever reads a log file
             if stops:
+                run.losses()  # a NaN would not be saved
                 run.save()
                 say(f"stopped at update {run.step}: --resume goes on from there")
                 return 128 + stops[0]
@@ -1558,7 +1561,7 @@ def parse(argv: list[str]) -> Args:
     unsaid = Start(env="own", device="")
     start, _ = tyro.cli(Start, args=words, default=unsaid, prog="erdp.py", return_unknown_args=True)
     named = start.env != "own" or start.dataset
-    said = {"own", "--env=own"} & set(words)
+    said = "--env=own" in words or ("--env", "own") in zip(words, words[1:])
     if start.env == "own" and not said and (start.dataset is None or re.fullmatch(r"toy-\d+", start.dataset)):
         start.env = "toy"
     default = preset(start.env, start.variant, start.device)
@@ -1584,7 +1587,11 @@ def evaluate_only(args: Args) -> int:
     if args.eval_env != saved["args"].eval_env:
         with refusing(f"--eval-env {args.eval_env} cannot be used"):
             spec, about = describe_env(args)
-            spec.max_episode_steps = spec.max_episode_steps or json.loads(task.spec)["max_episode_steps"]
+            trained = EnvSpec.from_json(task.spec)
+            spec.max_episode_steps = spec.max_episode_steps or trained.max_episode_steps
+            if DOMAINS[task.domain].goal_ends:
+                with contextlib.suppress(ValueError, UserError):  # where another maze, or none, is meant
+                    spec.kwargs["maze_map"] = same_walls(spec, trained)
             task.spec = as_json(spec)
         if vars(task) | about != vars(task):
             raise UserError(f"--eval-env {args.eval_env} has other observations or actions than the policy")
@@ -1598,6 +1605,7 @@ def evaluate_only(args: Args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program and returns its exit status (--help, mistyped settings, a stop within a step: SystemExit)."""
+    threads = torch.get_num_threads()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         count = torch.cuda.device_count()
@@ -1616,6 +1624,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        torch.set_num_threads(threads)  # for the next run in this process
 
 
 if __name__ == "__main__":

@@ -1478,6 +1478,7 @@ def test_presets_use_a_gpu_that_is_there(monkeypatch):
     for device, precision in (("cpu", "float32"), ("cuda:1", "tf32"), ("cuda", "tf32")):
         args = erdp.parse(["--device", device])
         assert (args.device, args.compile, args.precision) == (device, device != "cpu", precision), "what is its own"
+    assert erdp.parse(["--run-dir", "own"]).env == "toy", "a word is the environment's only after its option"
     assert erdp.parse([]) == args and erdp.parse(["--dataset", "toy-20"]) == dataclasses.replace(args, dataset="toy-20")
 
 
@@ -1499,6 +1500,10 @@ def test_use_device_makes_a_gpu_the_current_one_and_gives_small_networks_one_thr
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         erdp.use_device(Args(**choices))
         assert done == expected, choices
+    monkeypatch.setattr(torch, "compile", lambda function: done.append("compiled") or function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("forgotten"))
+    erdp.use_device(Args(compile=True))
+    assert done[-2:] == ["forgotten", "compiled"], "nothing is left of what another run compiled"
 
 
 # The page of claims: of the tests above, those whose names begin with what the paper or its extension here says.
@@ -2113,6 +2118,13 @@ def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch
     assert found == [(5, 3, 6, -3, 1), (10, 8, 16, -8, 1), (12, 11.5, 23, -11.5, 1)]
 
 
+def test_runs_leave_the_process_as_many_threads_as_it_had(tmp_path):
+    torch.set_num_threads(2)
+    assert run(tmp_path / "run", "--num-steps", "1") == 0  # on one thread, as its networks are small
+    assert torch.get_num_threads() == 2 and "threads: 1" in read_json(tmp_path / "run")["device_name"]
+    torch.set_num_threads(1)
+
+
 def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_not(finished, tmp_path):
     torch.manual_seed(99)  # what happened in the process before does not matter
     often = ["--eval-every", "1", "--eval-episodes", "3", "--eval-candidates", "1"]
@@ -2301,6 +2313,20 @@ def test_runs_stop_where_a_number_is_not_finite_and_never_save_it(where, step, l
     assert not (folder / "result.json").exists()
 
 
+def test_runs_that_a_signal_ends_between_two_readings_save_no_nan_either(tmp_path, monkeypatch):
+    due, asked = erdp.Run.evaluation_due, []
+
+    def evaluation_due(run):
+        asked.append(run.step)
+        if asked[-2:] == [3, 3]:  # first after the update, then before the next one
+            os.kill(os.getpid(), signal.SIGTERM)
+        return due(run)
+
+    monkeypatch.setattr(erdp.Run, "evaluation_due", evaluation_due)
+    monkeypatch.setattr(erdp, "update", lambda *_: losses(q=math.nan))
+    assert run(tmp_path / "run") == 1 and checkpoint(tmp_path / "run")["totals"].isfinite().all()
+
+
 @pytest.mark.slow
 def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
@@ -2452,6 +2478,28 @@ def test_eval_only_plays_in_another_environment_if_its_spaces_are_the_policys(re
     refused([*policy, "--eval-env", "Pendulum-v1"], "Pendulum-v1 has other observations or actions than the policy")
     refused([*policy, "--eval-env", "CartPole-v1"], "CartPole-v1", "Discrete(2)")
     refused([*policy, "--eval-env", "Nowhere-v0"], "Nowhere-v0 cannot be made")
+
+
+def test_eval_only_of_an_antmaze_policy_in_another_environment_keeps_the_mirror_image(minari_root, tmp_path, capfd):
+    walls = [[c if c == 1 else 0 for c in line[::-1]] for line in MAZE]
+    dataset = make_minari(made("Made", maze_map=walls), [episode(0, [0, 1])], eval_env=made("Made", maze_map=MAZE))
+    assert learn(tmp_path / "run", "--env", "antmaze-umaze-v0", "--dataset", dataset) == 0
+    policy = str(tmp_path / "run" / "policy.pt")
+    for maze, mirrored in ((MAZE, True), ([*MAZE, [1] * 4], False)):
+        gym.register("Other-v0", f"{__name__}:Made", kwargs=dict(maze_map=maze))
+        capfd.readouterr()
+        assert erdp.main(["--eval-only", policy, "--eval-env", "Other-v0", "--eval-episodes", "1"]) == 0
+        said = capfd.readouterr().out
+        assert ("the walls of Other-v0 are mirrored here" in said) == mirrored, "another maze stays as it is"
+        gym.registry.pop("Other-v0")
+
+
+def test_data_of_a_set_that_names_an_environment_for_evaluation_alone(minari_root):
+    env = gym.make(made("Made"))
+    spaces = dict(observation_space=env.observation_space, action_space=env.action_space)
+    name = make_minari(made("Made"), [episode(0, [1, 2])], recorded=None, eval_env=made("Made", 7), **spaces)
+    task, _ = erdp.load_data(Args(env="own", dataset=name))
+    assert EnvSpec.from_json(task.spec).max_episode_steps == 7
 
 
 def test_data_takes_the_sets_own_reference_scores_also_one_of_0(minari_root):

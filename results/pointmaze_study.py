@@ -4,6 +4,8 @@
     python results/pointmaze_study.py --keep FOLDER        # takes up runs below FOLDER, and scores their policies
     python results/pointmaze_study.py --ways CLONING ERDP  # draws the ways of the data and of these two runs' policies
 
+With `--out YOURS` it has runs, page and pictures of your own, in YOURS.
+
 Its comparisons were written before the first was made: the design is pointmaze.md's. Nothing is compared before all
 runs are there, so that nothing that is seen on the way can end the study early.
 """
@@ -19,12 +21,11 @@ import numpy as np
 import pointmaze
 import runs
 from matplotlib import pyplot as plt
-from pages import RESULTS, fill, save, start, table
+from pages import fill, save, start, table
 from scipy import stats
 
 import erdp
 
-KEPT = RESULTS / "pointmaze"
 ARMS = {"all": "all times", "early": "early times", "cloning": "cloning with critics"}
 OPTIONS = {"all": {}, "early": dict(q_time=3), "cloning": dict(eta=0.0, entropy_coef=0.0)}
 COMMON = dict(num_critics=4, num_steps=30_000, eval_every=2_500, eval_episodes=10)
@@ -66,14 +67,15 @@ def holm(p: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def keep(top: Path):
-    """Copies metrics.csv of each of the study's runs below `top` into results/pointmaze/, as <arm>__<seed>.csv.
+def keep(top: Path, kept: Path):
+    """Copies metrics.csv of each of the study's runs below `top` into the folder `kept`, as <arm>__<seed>.csv.
 
-    Of ended runs it also scores the last policy, by both ways of acting, into acting.jsonl, where that is not done.
+    Of ended runs it also scores the last policy, by both ways of acting, into acting.jsonl, where that is not done for
+    this metrics.csv.
     """
     if not (paths := sorted(top.rglob("metrics.csv"))):
         raise erdp.UserError(f"there is no run below {top}")
-    KEPT.mkdir(exist_ok=True)
+    kept.mkdir(exist_ok=True)
     for path in paths:
         config = runs.read_folder(path.parent).config
         arm = next((arm for arm, options in OPTIONS.items() if runs.arm_of(config) == COMMON | options), None)
@@ -81,12 +83,14 @@ def keep(top: Path):
             print(f"{path.parent} is no run of the study, and left out")
             continue
         name = f"{arm}__{config['seed']}"
-        shutil.copy(path, KEPT / f"{name}.csv")
+        copy, scored = kept / f"{name}.csv", acted(kept)
+        if copy.exists() and copy.read_bytes() != path.read_bytes():  # another run, or the same one further on
+            scored = [line for line in scored if line["run"] != name]
+        shutil.copy(path, copy)
         for candidates in (50, 1) if (path.parent / "result.json").exists() else ():
-            if (name, candidates) not in acted():
-                line = dict(run=name, candidates=candidates) | act(path.parent, candidates)
-                with open(KEPT / "acting.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            if (name, candidates) not in by_run(scored):
+                scored.append(dict(run=name, candidates=candidates) | act(path.parent, candidates))
+        (kept / "acting.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
 
 
 def act(folder: Path, candidates: int, episodes: int = 100) -> dict:
@@ -100,11 +104,15 @@ def act(folder: Path, candidates: int, episodes: int = 100) -> dict:
     return dict(episodes=episodes) | {name: round(float(value), 2) for name, value in figures.items()}
 
 
-def acted() -> dict:
-    """The scores in acting.jsonl, by run and number of candidates."""
-    path = KEPT / "acting.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(line["run"], line["candidates"]): line["score"] for line in map(json.loads, lines)}
+def acted(kept: Path) -> list[dict]:
+    """The lines of acting.jsonl."""
+    path = kept / "acting.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def by_run(lines: list[dict]) -> dict:
+    """Their scores by run and number of candidates."""
+    return {(line["run"], line["candidates"]): line["score"] for line in lines}
 
 
 def tables(scores: dict, acting: dict) -> dict[str, str]:
@@ -195,15 +203,16 @@ def main(argv=None):
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     parser.add_argument("--ways", type=Path, nargs=2, metavar=("CLONING", "ERDP"))
     args = start(parser, argv)
+    kept = args.out / "pointmaze"
     if args.keep or args.ways:
         try:
-            keep(args.keep) if args.keep else draw_ways(args.out / "pointmaze-ways.png", args.ways)
+            keep(args.keep, kept) if args.keep else draw_ways(args.out / "pointmaze-ways.png", args.ways)
         except erdp.UserError as error:
             parser.error(str(error))
         return
     try:
-        scored = acted()
-        curves = {arm: np.array([curve(KEPT / f"{arm}__{seed}.csv") for seed in SEEDS]) for arm in ARMS}
+        scored = by_run(acted(kept))
+        curves = {arm: np.array([curve(kept / f"{arm}__{seed}.csv") for seed in SEEDS]) for arm in ARMS}
         acting = {(arm, c): [scored[f"{arm}__{seed}", c] for seed in SEEDS] for arm in ARMS for c in (50, 1)}
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"the study is not complete, and nothing is compared before ({error})")

@@ -95,7 +95,7 @@ def read_records() -> list[Run]:
 def read_runs(tops: list[Path]) -> list[Run]:
     """Every run below folders; one that cannot be read is named and left out."""
     runs = []
-    for path in (path for top in tops for path in sorted(top.rglob("metrics.csv"))):
+    for path in (path for top in tops for path in sorted(top.rglob("config.json"))):  # a run has it from its start
         try:
             runs.append(read_folder(path.parent))
         except UserError as error:

@@ -154,6 +154,7 @@ DAMAGED = {
     "empty": ("metrics.csv", ""),
     "not finite": ("metrics.csv", "step,score_mean\n1,nan\n"),
     "no result": ("result.json", "null"),
+    "not yet evaluated": ("metrics.csv", None),
     "another run's result": ("result.json", '{"final": 99.0, "best": 99.0}'),
 }
 
@@ -161,7 +162,8 @@ DAMAGED = {
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_report_names_a_damaged_run_and_leaves_it_out(tmp_path, capsys, damage):
     name, content = DAMAGED[damage]
-    (record(tmp_path / "a") / name).write_text(content)
+    path = record(tmp_path / "a") / name
+    path.unlink() if content is None else path.write_text(content)
     record(tmp_path / "b", seed=1)
     assert section(written(tmp_path), "Scores")[0][-1] == "1"
     said = capsys.readouterr().err
@@ -591,19 +593,19 @@ def test_run_all_says_in_one_sentence_what_is_wrong_with_its_words(tmp_path, wor
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def study(tmp_path):
     """The figures of 24 made-up runs, kept as the study keeps them: scores (arms, seeds), which are those of LATE."""
     rng = np.random.default_rng(0)
     scores, acted = rng.uniform(10, 30, (3, 8)), rng.uniform(10, 30, (3, 8, 2))
-    lines = []
+    kept, lines = tmp_path / "pointmaze", []
+    kept.mkdir()
     for (i, arm), (j, seed) in itertools.product(enumerate(pointmaze_study.ARMS), enumerate(pointmaze_study.SEEDS)):
         late = scores[i, j] + np.array([-2, 0, 1, 1, 0])
         rows = [f"{step},{score}" for step, score in zip(range(2500, 30_001, 2500), [*[0.0] * 7, *late])]
-        (tmp_path / f"{arm}__{seed}.csv").write_text("\n".join(["step,score_mean", *rows]) + "\n")
+        (kept / f"{arm}__{seed}.csv").write_text("\n".join(["step,score_mean", *rows]) + "\n")
         run = f"{arm}__{seed}"
         lines += [json.dumps(dict(run=run, candidates=c, score=acted[i, j, k])) for k, c in enumerate((50, 1))]
-    (tmp_path / "acting.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(pointmaze_study, "KEPT", tmp_path)
+    (kept / "acting.jsonl").write_text("\n".join(lines))
     return scores, acted
 
 
@@ -627,7 +629,7 @@ def test_pointmaze_study_pairs_seeds_takes_late_scores_and_corrects_by_holm(stud
 
 @pytest.mark.parametrize("lost", ["all__3.csv", "a line of early__8.csv", "acting.jsonl"])
 def test_pointmaze_study_compares_nothing_before_all_runs_are_there(lost, study, tmp_path, capsys):
-    path = tmp_path / lost.split()[-1]
+    path = tmp_path / "pointmaze" / lost.split()[-1]
     lines = path.read_text().splitlines()
     path.unlink()
     if " " in lost:
@@ -636,7 +638,7 @@ def test_pointmaze_study_compares_nothing_before_all_runs_are_there(lost, study,
         pointmaze_study.main(["--out", str(tmp_path)])
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == "" and "not complete" in said.err
-    assert not list(tmp_path.glob("pointmaze*"))
+    assert not list(tmp_path.glob("pointmaze?*"))
 
 
 @pytest.mark.slow
@@ -655,14 +657,16 @@ def test_pointmaze_study_takes_up_runs_by_their_settings_and_draws_ways_of_polic
     assert ways.shape == (2, 301, 2) and 0 <= score <= 100
     cells = {tuple(env.unwrapped.maze.cell_xy_to_rowcol(position)) for position in ways.reshape(-1, 2)}
     assert cells <= set(pointmaze.WAY), "no way leads through a wall"
-    monkeypatch.setattr(pointmaze_study, "KEPT", kept := tmp_path / "kept")
     monkeypatch.setattr(pointmaze_study, "act", functools.partial(pointmaze_study.act, episodes=2))
-    keep = ["--keep", str(tmp_path)]
+    keep, kept = ["--keep", str(tmp_path), "--out", str(tmp_path / "mine")], tmp_path / "mine" / "pointmaze"
     pointmaze_study.main(keep)
     assert "is no run of the study" in capsys.readouterr().out and not list(kept.iterdir())
     own = dict(num_critics=1, hidden=8, batch_size=8, num_steps=2, eval_episodes=2)
     monkeypatch.setattr(pointmaze_study, "COMMON", own)
-    for _ in range(2):  # the second time all is there
+    for again in range(3):  # the second time all is there, the third time another run's
+        if again == 2:
+            (kept / "all__0.csv").write_text("step,score_mean\n")
+            (kept / "acting.jsonl").write_text('{"run": "all__0", "candidates": 50, "score": 0, "episodes": 9}\n')
         pointmaze_study.main(keep)
         lines = [json.loads(line) for line in (kept / "acting.jsonl").read_text().splitlines()]
         assert [(line["run"], line["candidates"], line["episodes"]) for line in lines] == [
