@@ -862,11 +862,12 @@ def test_eq17_is_over_the_members_alone_whatever_the_other_axes(name, M, seed):
 def test_eq17_has_the_means_gradient_where_members_agree():
     for unbiased in (False, True):
         value_of = functools.partial(erdp.lcb, beta=4.0, unbiased=unbiased)
-        q = torch.full((4, 3), 0.7, dtype=torch.float64)
-        q[:, 1] = gaussian(4)
-        value_of(q.requires_grad_()).sum().backward()
         case = f"divisor M - {int(unbiased)}"
-        agree(f"Eq. 17: gradient at equal members, {case}", q.grad[:, [0, 2]], np.full((4, 2), 1 / 4))
+        for dtype in (torch.float64, torch.float32):
+            q = torch.full((4, 3), 0.7, dtype=dtype)
+            q[:, 1] = gaussian(4)
+            value_of(q.requires_grad_()).sum().backward()
+            agree(f"Eq. 17: gradient at equal members, {case}", q.grad[:, [0, 2]], np.full((4, 2), 1 / 4))
         elsewhere = torch.autograd.gradcheck(value_of, gaussian(4, 3).requires_grad_(), raise_exception=False)
         assert elsewhere, f"Eq. 17: gradient elsewhere, {case}"
 
@@ -1246,6 +1247,17 @@ def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
             assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
 
 
+def test_algorithm1_optimisers_can_be_captured_on_any_gpu(monkeypatch):
+    adam = Mock()
+    monkeypatch.setattr(torch.optim, "Adam", adam)
+    monkeypatch.setattr(torch, "zeros", Mock())
+    for name in ("NoiseNetwork", "QEnsemble", "MeanRevertingSDE"):
+        monkeypatch.setattr(erdp, name, MagicMock())
+    for device, capturable in (("cuda", True), ("cuda:1", True), ("cpu", False)):
+        Agent(3, 2, Args(), device)
+        assert [made.kwargs["capturable"] for made in adam.call_args_list[-2:]] == [capturable] * 2, device
+
+
 def test_algorithm1_draws_times_and_gaussians_of_their_laws():
     noise = erdp.noise_buffers(Args(batch_size=60_000), 1, "cpu")
     places = [part.data_ptr() for part in noise]
@@ -1519,7 +1531,8 @@ class Made(gym.Env):
 
     def __init__(self, states=2, part=None, low=(-1,), high=(1,), dtype="float32", **rule):
         states = Box(-9, 9, (states,))
-        self.observation_space = Dict({part: states}) if part else states
+        goal = Box(-9, 9, (3,))
+        self.observation_space = Dict({part: states, "goal": goal}) if part else states
         self.action_space = Box(np.array(low, dtype), np.array(high, dtype), dtype=np.dtype(dtype))
 
     def reset(self, *, seed=None, options=None):
@@ -1653,10 +1666,11 @@ def test_data_rewards_are_scaled_by_domain(tmp_path):
     scaled = {"own": rewards, "kitchen-mixed-v0": rewards, "pen-human-v1": [(reward - 2) / std for reward in rewards]}
     for row, expected in scaled.items():
         part = "observation" if row.startswith("kitchen") else None
-        states = [{part: np.ones((n, 45))} if part else np.ones((n, 45)) for n in (4, 2)]
+        states = [{part: np.ones((n, 45)), "goal": np.ones((n, 3))} if part else np.ones((n, 45)) for n in (4, 2)]
         halves = [episode(k, rewards[3 * k :][:3], observations=states[k]) for k in (0, 1)]
         task, data = load(halves, row, states=45, part=part)
         agree(f"rewards of {row}", data.reward, np.array(expected, np.float32), rtol=1e-6, atol=1e-7)
+        assert task.layout == ({part: [45]} if part else [45]), "Kitchen's policies see this part alone"
         rule = {"terminate_on_tasks_completed", "remove_task_when_completed"} if part else {}
         assert EnvSpec.from_json(task.spec).kwargs.items() >= dict.fromkeys(rule, True).items(), "by D4RL's rule"
     hopper = Args(env="hopper-medium-v2", dataset=str(d4rl_file(tmp_path / "hopper.hdf5", sizes=(11, 3))))
@@ -1748,9 +1762,9 @@ def test_data_know_what_their_own_episodes_would_have_returned_if_played(tmp_pat
     task, _ = load_hdf5(d4rl_file(tmp_path / "a.hdf5", 7, **ends))
     assert (task.data_return, task.data_episodes) == ((0 + 1 + 2 + 3 + 4) / 2, 2)
     assert load_hdf5(d4rl_file(tmp_path / "a.hdf5"))[0].data_return == 15, "a file within one episode"
-    height = np.array([0.07, 0.07, 0.2, 0.07, 0.2])[:, None] * (np.arange(45) == 26)
+    height = np.array([0.07, 0.0751, 0.0749, 0.07, 0.2])[:, None] * (np.arange(45) == 26)
     task, pen = load([episode(0, [1, 2, 4, 8], observations=height)], "pen-human-v1", states=45)
-    assert len(pen.reward) == 4 and task.data_return == 1, "D4RL's Pen ends after the first step that drops the pen"
+    assert len(pen.reward) == 4 and task.data_return == 3, "D4RL's Pen ends after the first step that drops the pen"
 
 
 def test_data_evaluation_maze_is_mirrored_where_the_data_was_collected_in_its_mirror_image(minari_root, capsys):
@@ -2074,7 +2088,7 @@ def test_runs_leave_a_folder_with_their_settings_and_measurements(finished):
 
 
 def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monkeypatch, capsys):
-    ours, short, means = tmp_path / "ours", tmp_path / "short", iter([1.0, 3.0, 3.0, 2.0])
+    ours, short, means = tmp_path / "ours", tmp_path / "short", iter([1.0, 3.0, 3.0, 1.5, 2.0])
 
     def evaluate(*_):
         returns = next(means) + np.array([-2.0, 0, 2])
@@ -2082,15 +2096,15 @@ def test_runs_keep_their_last_and_their_best_policy_and_say_which(tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(erdp, "evaluate", evaluate)
-        assert run(ours, "--num-steps", "16") == 0
+        assert run(ours, "--num-steps", "20") == 0
     said, row = capsys.readouterr().out, {key: float(value) for key, value in rows_of(ours)[-1].items()}
     last, best, deviation = 200 / toy_best(), 300 / toy_best(), math.sqrt(8 / 3)
     expected = dict(return_mean=2, return_std=deviation, score_mean=last, score_std=last / 2 * deviation)
-    expected |= dict(step=16, success=2 / 3, length=3)
+    expected |= dict(step=20, success=2 / 3, length=3)
     assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert f"update 16: {in_words(row)}length 3, success 67%\n" in said
+    assert f"update 20: {in_words(row)}length 3, success 67%\n" in said
     assert f"final score {last:.1f}, best {best:.1f} at update 8" in said
-    result = dict(final=last, best=best, best_step=8, steps=16)
+    result = dict(final=last, best=best, best_step=8, steps=20)
     assert read_json(ours, "result.json") == pytest.approx(result, rel=1e-4)
     assert run(short, "--num-steps", "8") == 0
     best, last, end = (checkpoint(ours, f"{name}.pt")["agent"] for name in ("policy-best", "policy", "checkpoint"))
@@ -2113,6 +2127,7 @@ def test_runs_report_mean_losses_since_the_last_evaluation(tmp_path, monkeypatch
     assert run(tmp_path / "run", "--eval-every", "5") == 0 and used.call_count == 1
     scalars = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("losses/lcb")
     assert [(each.step, each.value) for each in scalars] == [(5, -5), (10, -10), (12, -12)], "TensorBoard has the last"
+    assert checkpoint(tmp_path / "run")["totals"].dtype == torch.float64, "many updates are summed"
     rows = checkpoint(tmp_path / "run")["evaluations"]
     found = [(row["step"], row["critic_loss"], row["q"], row["lcb"], row["entropy"]) for row in rows]
     assert found == [(5, 3, 6, -3, 1), (10, 8, 16, -8, 1), (12, 11.5, 23, -11.5, 1)]
@@ -2125,7 +2140,9 @@ def test_runs_leave_the_process_as_many_threads_as_it_had(tmp_path):
     torch.set_num_threads(1)
 
 
-def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_not(finished, tmp_path):
+def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_not(
+    finished, tmp_path, monkeypatch, capsys
+):
     torch.manual_seed(99)  # what happened in the process before does not matter
     often = ["--eval-every", "1", "--eval-episodes", "3", "--eval-candidates", "1"]
     for name, more in dict(often=often, other=["--seed", "1"]).items():
@@ -2138,6 +2155,15 @@ def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_no
         pairs = zip(ours["agent"][key].values(), other["agent"][key].values())
         assert not any(torch.equal(*pair) for pair in pairs), f"{key} of two seeds"
     assert not torch.equal(ours["generator"], other["generator"])
+    capsys.readouterr()
+    assert erdp.main(["--eval-only", str(tmp_path / "other" / "policy.pt")]) == 0
+    last = checkpoint(tmp_path / "other")["evaluations"][-1]
+    assert in_words(last) in capsys.readouterr().out, "episodes are those of the run's seed"
+    weights = []
+    monkeypatch.setattr(erdp, "update", lambda agent, *_: weights.append([*copied(agent.policy).values()]) or losses())
+    for seed in "01":
+        assert run(tmp_path / f"start{seed}", "--num-steps", "1", "--seed", seed) == 0
+    assert not any(map(torch.equal, *weights)), "two seeds begin with different weights"
 
 
 kill = functools.partial(pytest.fail, "killed")  # which nothing of erdp.py catches
@@ -2338,9 +2364,12 @@ def test_runs_of_the_toy_draw_figure_1(tmp_path, monkeypatch):
     scores = [(float(row["step"]), float(row["score_mean"])) for row in rows_of(tmp_path / "run")]
     score, reward, value = figures[0].axes
     agree("the score while training", score.containers[0].lines[0].get_xydata(), scores)
+    (dotted,) = (line for line in score.lines if line.get_linestyle() == ":")
+    assert dotted.get_ydata()[0] == pytest.approx(read_json(tmp_path / "run")["data_score"]), "the data's own score"
     x, y = reward.lines[0].get_data()
     agree("the reward", y, toy_reward(x))
-    assert sum(bar.get_height() * bar.get_width() for bar in reward.patches) == pytest.approx(1), "a density"
+    density, _ = np.histogram(toy_data(0).next_state[:, 0].numpy(), 60, density=True)
+    agree("the data's density", [bar.get_height() for bar in reward.patches], density, rtol=1e-5)
     saved = checkpoint(tmp_path / "run")
     critics = QEnsemble(2, 1, saved["args"]["num_critics"], saved["args"]["hidden"])
     critics.load_state_dict(saved["agent"]["critics"])
@@ -2358,6 +2387,9 @@ def test_runs_are_at_work_in_their_folder_alone(refused, unfinished):
     refused(RUN.split(), "config.json/run cannot be used", "--run-dir", folder=unfinished / "config.json" / "run")
     assert run(unfinished, "--resume") == 0
     assert erdp.run_folder(Args(run_dir="~/a")) == Path.home() / "a"
+    args = Args(env="own", dataset="mine/a-v0", variant="released", seed=3)
+    assert erdp.run_folder(args) == Path("runs/mine-a-v0__released__3")
+    assert erdp.run_folder(Args(env="toy", dataset="toy-20")) == Path("runs/toy__paper__0")
 
 
 def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_writes_nothing(finished, capsys):
@@ -2396,6 +2428,14 @@ def test_policies_act_in_float32_and_uncompiled_unless_told_otherwise(finished, 
         assert erdp.main(["--eval-only", str(path), "--precision", precision, flag]) == 0
     assert [each.bf16 for each in critics] == [False, True] and used == ["float32", "bf16"]
     assert compiled == [erdp.act]
+    saved["args"] |= dict(precision="tf32")  # as every run on a GPU has it
+    torch.save(saved, path)
+    assert erdp.main(["--eval-only", str(path)]) == 0
+    assert used[-1] == "float32" and len(compiled) == 1, "if nothing is said, as load_policy has it"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # as if its tensors were there
+        torch.save(saved, path)
+    assert erdp.load_policy(path).agent.sde.theta_bar.device.type == "cpu"
     refused(["--eval-only", str(path), "--lcb-coef", "1"], f"{path} was made with --lcb-coef 4.0, not 1.0")
     monkeypatch.setattr(erdp, "use_device", use_device)
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler")))
@@ -2469,28 +2509,38 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(minari_root, tmp_
         assert capsys.readouterr().out == f"the data were recorded / are evaluated with {words}\n"
 
 
-def test_eval_only_plays_in_another_environment_if_its_spaces_are_the_policys(refused, minari_root, tmp_path, capfd):
+def test_eval_only_plays_in_another_environment_if_its_spaces_are_the_policys(
+    refused, minari_root, tmp_path, monkeypatch, capfd
+):
     policy = ["--eval-only", str(tmp_path / "run" / "policy.pt")]
     assert learn(tmp_path / "run", "--dataset", make_minari(made("Ledger", 1))) == 0
     capfd.readouterr()
     assert erdp.main([*policy, "--eval-env", f"{__name__}:Ledger"]) == 0
     assert "length 1," in capfd.readouterr().out, "where it has no time limit it takes the policy's"
+    monkeypatch.setitem(gym.registry, "Ledger-v7", dataclasses.replace(made("Ledger", 5), id="Ledger-v7"))
+    assert erdp.main([*policy, "--eval-env", "Ledger-v7", "--eval-episodes", "9"]) == 0
+    assert "length 1," not in capfd.readouterr().out, "its own time limit comes first"
     refused([*policy, "--eval-env", "Pendulum-v1"], "Pendulum-v1 has other observations or actions than the policy")
     refused([*policy, "--eval-env", "CartPole-v1"], "CartPole-v1", "Discrete(2)")
     refused([*policy, "--eval-env", "Nowhere-v0"], "Nowhere-v0 cannot be made")
 
 
-def test_eval_only_of_an_antmaze_policy_in_another_environment_keeps_the_mirror_image(minari_root, tmp_path, capfd):
+def test_eval_only_of_an_antmaze_policy_in_another_environment_keeps_the_mirror_image(
+    minari_root, tmp_path, monkeypatch, capfd
+):
     walls = [[c if c == 1 else 0 for c in line[::-1]] for line in MAZE]
     dataset = make_minari(made("Made", maze_map=walls), [episode(0, [0, 1])], eval_env=made("Made", maze_map=MAZE))
     assert learn(tmp_path / "run", "--env", "antmaze-umaze-v0", "--dataset", dataset) == 0
-    policy = str(tmp_path / "run" / "policy.pt")
+    policy, played, playing = str(tmp_path / "run" / "policy.pt"), [], erdp.playing
+    monkeypatch.setattr(erdp, "playing", lambda task, *more: played.append(task) or playing(task, *more))
     for maze, mirrored in ((MAZE, True), ([*MAZE, [1] * 4], False)):
         gym.register("Other-v0", f"{__name__}:Made", kwargs=dict(maze_map=maze))
         capfd.readouterr()
         assert erdp.main(["--eval-only", policy, "--eval-env", "Other-v0", "--eval-episodes", "1"]) == 0
-        said = capfd.readouterr().out
-        assert ("the walls of Other-v0 are mirrored here" in said) == mirrored, "another maze stays as it is"
+        said, spec = capfd.readouterr().out, EnvSpec.from_json(played[-1].spec)
+        assert ("the walls of Other-v0 are mirrored here" in said) == mirrored
+        expected = [line[::-1] for line in maze] if mirrored else maze
+        assert spec.kwargs.get("maze_map", maze) == expected, "another maze stays as it is"
         gym.registry.pop("Other-v0")
 
 
@@ -2777,6 +2827,8 @@ def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(ref
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".part-checkpoint.pt").write_bytes(b"PK")  # as a killed process leaves it
     refused(["--resume"], str(tmp_path / "run" / "checkpoint.pt"), "--run-dir", "--env")
+    refused(["--eval-only", ""], "an option has an empty value")
+    assert run(tmp_path / "third", "--resume", "--dataset", "toy-20", "--num-steps", "1") == 0, "the data say which"
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     assert run(tmp_path / "other", "--num-steps", "1") == 0, "such a file is nothing to be kept"
     assert run(tmp_path / "run", "--resume", "--env", "toy") == 0
