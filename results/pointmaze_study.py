@@ -7,7 +7,7 @@
 With `--out YOURS` it has runs, page and pictures of your own, in YOURS.
 
 Its comparisons were written before the first was made: the design is pointmaze.md's. Nothing is compared before all
-runs are there, so that nothing that is seen on the way can end the study early.
+runs are there, so that nothing that is seen on the way can end the study early. `unplanned` alone came afterwards.
 """
 
 import argparse
@@ -139,6 +139,25 @@ def tables(scores: dict, acting: dict) -> dict[str, str]:
     return dict(arms=arms, headline=words.format(**headline), secondary=rest)
 
 
+def unplanned(curves: dict, acting: dict) -> str:
+    """Differences that the design does not have: by evaluation, of the last policies, and without Student's law."""
+
+    def cells(scores):
+        pairs = (scores["all"], scores["cloning"]), (scores["early"], scores["all"])
+        tests = [paired(*pair) | dict(ahead=np.greater(*pair).sum()) for pair in pairs]
+        return ["{mean:+.1f} [{low:.1f}, {high:.1f}], {ahead} of 8".format(**test) for test in tests]
+
+    rows = [[f"evaluation at {STEPS[k]:,}", *cells({arm: curves[arm][:, k] for arm in ARMS})] for k in range(-LATE, 0)]
+    for candidates, name in ((50, "best of 50"), (1, "plain sample")):
+        rows.append([f"last policy, {name}", *cells({arm: np.array(acting[arm, candidates]) for arm in ARMS})])
+    late = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}
+    gains = late["all"] - late["cloning"], late["early"] - late["all"]
+    rows.append(
+        ["scores: median; Wilcoxon's p"] + [f"{np.median(x):+.1f}; {stats.wilcoxon(x).pvalue:.2g}" for x in gains]
+    )
+    return table(["what", "all times less cloning", "early less all times"], rows)
+
+
 # ==== 2. Pictures =====================================================================================================
 
 
@@ -217,7 +236,7 @@ def main(argv=None):
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"the study is not complete, and nothing is compared before ({error})")
     scores = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}
-    fill("pointmaze.md", args.out, **tables(scores, acting))
+    fill("pointmaze.md", args.out, **tables(scores, acting), unplanned=unplanned(curves, acting))
     draw_curves(args.out / "pointmaze-curves.png", curves)
 
 

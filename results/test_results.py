@@ -624,6 +624,12 @@ def test_pointmaze_study_pairs_seeds_takes_late_scores_and_corrects_by_holm(stud
     assert float(line[1]) == pytest.approx((early - every).mean(), abs=0.05)
     line = re.search(r"^\| cloning, best of 50 less plain sample \| (\S+) .*", page, re.MULTILINE)
     assert float(line[1]) == pytest.approx((acted[2, :, 0] - acted[2, :, 1]).mean(), abs=0.05)
+    for step in ("20,000", "30,000"):  # the arms' scores are all moved by the same there
+        line = re.search(rf"^\| evaluation at {step} \| .* \| (\S+) .*, (\d) of 8 \|", page, re.MULTILINE)
+        assert float(line[1]) == pytest.approx((early - every).mean(), abs=0.05)
+        assert int(line[2]) == (early > every).sum()
+    line = re.search(r"^\| last policy, plain sample \| (\S+) ", page, re.MULTILINE)
+    assert float(line[1]) == pytest.approx((acted[0, :, 1] - acted[2, :, 1]).mean(), abs=0.05)
     assert pointmaze_study.holm([0.01, 0.04, 0.03, 0.9]) == pytest.approx([0.04, 0.09, 0.09, 0.9])
 
 
