@@ -2534,14 +2534,13 @@ def test_eval_only_of_an_antmaze_policy_in_another_environment_keeps_the_mirror_
     policy, played, playing = str(tmp_path / "run" / "policy.pt"), [], erdp.playing
     monkeypatch.setattr(erdp, "playing", lambda task, *more: played.append(task) or playing(task, *more))
     for maze, mirrored in ((MAZE, True), ([*MAZE, [1] * 4], False)):
-        gym.register("Other-v0", f"{__name__}:Made", kwargs=dict(maze_map=maze))
+        monkeypatch.setitem(gym.registry, "Other-v0", dataclasses.replace(made("Made", maze_map=maze), id="Other-v0"))
         capfd.readouterr()
         assert erdp.main(["--eval-only", policy, "--eval-env", "Other-v0", "--eval-episodes", "1"]) == 0
         said, spec = capfd.readouterr().out, EnvSpec.from_json(played[-1].spec)
         assert ("the walls of Other-v0 are mirrored here" in said) == mirrored
         expected = [line[::-1] for line in maze] if mirrored else maze
         assert spec.kwargs.get("maze_map", maze) == expected, "another maze stays as it is"
-        gym.registry.pop("Other-v0")
 
 
 def test_data_of_a_set_that_names_an_environment_for_evaluation_alone(minari_root):

@@ -83,14 +83,16 @@ def keep(top: Path, kept: Path):
             print(f"{path.parent} is no run of the study, and left out")
             continue
         name = f"{arm}__{config['seed']}"
-        copy, scored = kept / f"{name}.csv", acted(kept)
+        copy = kept / f"{name}.csv"
         if copy.exists() and copy.read_bytes() != path.read_bytes():  # another run, or the same one further on
-            scored = [line for line in scored if line["run"] != name]
+            others = [line for line in acted(kept) if line["run"] != name]
+            (kept / "acting.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
         shutil.copy(path, copy)
         for candidates in (50, 1) if (path.parent / "result.json").exists() else ():
-            if (name, candidates) not in by_run(scored):
-                scored.append(dict(run=name, candidates=candidates) | act(path.parent, candidates))
-        (kept / "acting.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scored))
+            if (name, candidates) not in by_run(acted(kept)):
+                line = dict(run=name, candidates=candidates) | act(path.parent, candidates)
+                with open(kept / "acting.jsonl", "a") as file:  # at once, as a score takes minutes
+                    file.write(json.dumps(line) + "\n")
 
 
 def act(folder: Path, candidates: int, episodes: int = 100) -> dict:
@@ -139,19 +141,20 @@ def tables(scores: dict, acting: dict) -> dict[str, str]:
     return dict(arms=arms, headline=words.format(**headline), secondary=rest)
 
 
-def unplanned(curves: dict, acting: dict) -> str:
+def unplanned(scores: dict, curves: dict, acting: dict) -> str:
     """Differences that the design does not have: by evaluation, of the last policies, and without Student's law."""
 
-    def cells(scores):
-        pairs = (scores["all"], scores["cloning"]), (scores["early"], scores["all"])
-        tests = [paired(*pair) | dict(ahead=np.greater(*pair).sum()) for pair in pairs]
+    def pairs(values):
+        return (values["all"], values["cloning"]), (values["early"], values["all"])
+
+    def cells(values):
+        tests = [paired(*pair) | dict(ahead=np.greater(*pair).sum()) for pair in pairs(values)]
         return ["{mean:+.1f} [{low:.1f}, {high:.1f}], {ahead} of 8".format(**test) for test in tests]
 
     rows = [[f"evaluation at {STEPS[k]:,}", *cells({arm: curves[arm][:, k] for arm in ARMS})] for k in range(-LATE, 0)]
     for candidates, name in ((50, "best of 50"), (1, "plain sample")):
-        rows.append([f"last policy, {name}", *cells({arm: np.array(acting[arm, candidates]) for arm in ARMS})])
-    late = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}
-    gains = late["all"] - late["cloning"], late["early"] - late["all"]
+        rows.append([f"last policy, {name}", *cells({arm: acting[arm, candidates] for arm in ARMS})])
+    gains = [a - b for a, b in pairs(scores)]
     rows.append(
         ["scores: median; Wilcoxon's p"] + [f"{np.median(x):+.1f}; {stats.wilcoxon(x).pvalue:.2g}" for x in gains]
     )
@@ -236,7 +239,7 @@ def main(argv=None):
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"the study is not complete, and nothing is compared before ({error})")
     scores = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}
-    fill("pointmaze.md", args.out, **tables(scores, acting), unplanned=unplanned(curves, acting))
+    fill("pointmaze.md", args.out, **tables(scores, acting), unplanned=unplanned(scores, curves, acting))
     draw_curves(args.out / "pointmaze-curves.png", curves)
 
 
