@@ -7,7 +7,8 @@
 With `--out YOURS` it has runs, page and pictures of your own, in YOURS.
 
 Its comparisons were written before the first was made: the design is pointmaze.md's. Nothing is compared before all
-runs are there, so that nothing that is seen on the way can end the study early. `unplanned` alone came afterwards.
+runs are there, so that nothing that is seen on the way can end the study early. `unplanned` and `explored` came
+afterwards; an exploratory arm is shown when its own four runs are there.
 """
 
 import argparse
@@ -27,10 +28,32 @@ from scipy import stats
 import erdp
 
 ARMS = {"all": "all times", "early": "early times", "cloning": "cloning with critics"}
-OPTIONS = {"all": {}, "early": dict(q_time=3), "cloning": dict(eta=0.0, entropy_coef=0.0)}
+EXPLORED = {
+    "alpha0": "alpha = 0",
+    "one": "M = 1",
+    "sixteen": "M = 16",
+    "released": "`--variant released`",
+    "debruijn": "`--variant debruijn`",
+    "clipped": "clipped double Q",
+    "weight": "eta = 1.6667",  # alone not in the design
+}
+OPTIONS = {
+    "all": {},
+    "early": dict(q_time=3),
+    "cloning": dict(eta=0.0, entropy_coef=0.0),
+    "alpha0": dict(entropy_coef=0.0),
+    "one": dict(num_critics=1),
+    "sixteen": dict(num_critics=16),
+    "released": dict(variant="released"),
+    "debruijn": dict(variant="debruijn"),
+    "clipped": dict(pessimism="min", num_critics=2, entropy_coef=0.0),
+    "weight": dict(eta=1.6667),
+}
 COMMON = dict(num_critics=4, num_steps=30_000, eval_every=2_500, eval_episodes=10)
 SEEDS = range(1, 9)
+FEWER = range(1, 5)  # seeds of the exploratory arms
 STEPS = range(2_500, 30_001, 2_500)  # the updates after which a run is evaluated
+COLUMNS = "score", "best of 50, last policy", "plain sample, last policy"
 LATE = 5  # so many last evaluations are a run's score
 EPISODES = 20  # whose ways are drawn
 
@@ -117,13 +140,15 @@ def by_run(lines: list[dict]) -> dict:
     return {(line["run"], line["candidates"]): line["score"] for line in lines}
 
 
+def means(scores: dict, acting: dict, arm: str, seeds) -> list[str]:
+    """An arm's COLUMNS, as means ± deviations over its first seeds."""
+    columns = (values[: len(seeds)] for values in (scores[arm], acting[arm, 50], acting[arm, 1]))
+    return [f"{np.mean(column):.1f} ± {np.std(column):.1f}" for column in columns]
+
+
 def tables(scores: dict, acting: dict) -> dict[str, str]:
     """The page's tables and its headline, from scores[arm] (seeds,) and acting[arm, candidates] (seeds,)."""
-    rows = []
-    for arm, name in ARMS.items():
-        columns = scores[arm], acting[arm, 50], acting[arm, 1]
-        rows.append([name, *(f"{np.mean(column):.1f} ± {np.std(column):.1f}" for column in columns)])
-    arms = table(["arm", "score", "best of 50, last policy", "plain sample, last policy"], rows)
+    arms = table(["arm", *COLUMNS], [[name, *means(scores, acting, arm, SEEDS)] for arm, name in ARMS.items()])
     headline = paired(scores["all"], scores["cloning"])
     words = "All times less cloning with critics: {mean:+.1f} [{low:.1f}, {high:.1f}], p = {p:.2g}."
     secondary = {
@@ -159,6 +184,17 @@ def unplanned(scores: dict, curves: dict, acting: dict) -> str:
         ["scores: median; Wilcoxon's p"] + [f"{np.median(x):+.1f}; {stats.wilcoxon(x).pvalue:.2g}" for x in gains]
     )
     return table(["what", "all times less cloning", "early less all times"], rows)
+
+
+def explored(scores: dict, acting: dict) -> str:
+    """The exploratory arms whose runs are all there, below the study's on the same seeds."""
+    rows = []
+    for arm, name in (ARMS | EXPLORED).items():
+        if arm in scores:
+            pair = scores[arm][: len(FEWER)], scores["all"][: len(FEWER)]
+            less = "" if arm == "all" else "{mean:+.1f} [{low:.1f}, {high:.1f}]".format(**paired(*pair))
+            rows.append([name, *means(scores, acting, arm, FEWER), less])
+    return table(["arm", *COLUMNS, "score less that of all times"], rows)
 
 
 # ==== 2. Pictures =====================================================================================================
@@ -232,14 +268,24 @@ def main(argv=None):
         except erdp.UserError as error:
             parser.error(str(error))
         return
+    curves, acting = {}, {}
+
+    def read(arm: str, seeds):
+        curves[arm] = np.array([curve(kept / f"{arm}__{seed}.csv") for seed in seeds])
+        acting.update({(arm, c): [scored[f"{arm}__{seed}", c] for seed in seeds] for c in (50, 1)})
+
     try:
         scored = by_run(acted(kept))
-        curves = {arm: np.array([curve(kept / f"{arm}__{seed}.csv") for seed in SEEDS]) for arm in ARMS}
-        acting = {(arm, c): [scored[f"{arm}__{seed}", c] for seed in SEEDS] for arm in ARMS for c in (50, 1)}
+        for arm in ARMS:
+            read(arm, SEEDS)
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"the study is not complete, and nothing is compared before ({error})")
+    for arm in EXPLORED:
+        if all((f"{arm}__{seed}", c) in scored for seed in FEWER for c in (50, 1)):
+            read(arm, FEWER)
     scores = {arm: values[:, -LATE:].mean(1) for arm, values in curves.items()}
-    fill("pointmaze.md", args.out, **tables(scores, acting), unplanned=unplanned(scores, curves, acting))
+    made = tables(scores, acting) | dict(explored=explored(scores, acting))
+    fill("pointmaze.md", args.out, **made, unplanned=unplanned(scores, curves, acting))
     draw_curves(args.out / "pointmaze-curves.png", curves)
 
 

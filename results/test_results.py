@@ -633,6 +633,27 @@ def test_pointmaze_study_pairs_seeds_takes_late_scores_and_corrects_by_holm(stud
     assert pointmaze_study.holm([0.01, 0.04, 0.03, 0.9]) == pytest.approx([0.04, 0.09, 0.09, 0.9])
 
 
+def test_pointmaze_study_shows_an_exploratory_arm_when_its_four_runs_are_there(study, tmp_path):
+    (every, *_), _ = study
+    kept, late = tmp_path / "pointmaze", np.array([40.0, 50.0, 60.0, 90.0])
+    for seed, score in zip(pointmaze_study.FEWER, late):
+        if seed == 4:
+            pointmaze_study.main(["--out", str(tmp_path)])
+            assert "| M = 16 |" not in (tmp_path / "pointmaze.md").read_text(), "one of its runs is missing"
+        rows = [f"{step},{score if step >= 20_000 else 0}" for step in pointmaze_study.STEPS]
+        (kept / f"sixteen__{seed}.csv").write_text("\n".join(["step,score_mean", *rows]))
+        with open(kept / "acting.jsonl", "a") as file:
+            for c in (50, 1):
+                file.write("\n" + json.dumps(dict(run=f"sixteen__{seed}", candidates=c, score=score + c)))
+    pointmaze_study.main(["--out", str(tmp_path)])
+    line = re.search(r"^\| M = 16 \| (.*) \| (\S+) \[(\S+), (\S+)\] \|$", (tmp_path / "pointmaze.md").read_text(), re.M)
+    assert line[1] == "60.0 ± 18.7 | 110.0 ± 18.7 | 61.0 ± 18.7"
+    less = late - every[:4]
+    assert float(line[2]) == pytest.approx(less.mean(), abs=0.05), "the same seeds"
+    half = scipy.stats.t.ppf(0.975, 3) * less.std(ddof=1) / 2
+    assert [float(line[3]), float(line[4])] == pytest.approx([less.mean() - half, less.mean() + half], abs=0.05)
+
+
 @pytest.mark.parametrize("lost", ["all__3.csv", "a line of early__8.csv", "acting.jsonl"])
 def test_pointmaze_study_compares_nothing_before_all_runs_are_there(lost, study, tmp_path, capsys):
     path = tmp_path / "pointmaze" / lost.split()[-1]
