@@ -357,20 +357,26 @@ def posterior_loss(sde, x_0, x_t, t, eps, eps_hat):
 LOSSES = {"noise": noise_loss, "likelihood": likelihood_loss, "posterior": posterior_loss}
 
 
-def policy_log_prob(sde, a_0, eps_hat, a_T, variant: str):
-    """log p(a^1-hat | a^T, s) of Eq. 13-15 (B,), from a^0-hat (unclamped), its predicted noise and a^T.
+def paper_entropy(sde, a_0, eps_hat, noise):
+    """-log p(a^1-hat | a^T, s) of Eq. 13-15 (B,), by Eq. 14.
 
-    "paper": Eq. 14 at a^1-hat = Eq. 4 of a^0-hat and the predicted noise at t = 1. "released": a^1-hat is an Euler step
-    of the drift, and each density has earlier and later state exchanged, at times 1, 2 and T.
+    a^1-hat is Eq. 4 of a^0-hat (unclamped) and its predicted noise eps_hat at t = 1.
     """
-    if variant == "paper":
-        return sde.log_prob_x1(sde.diffuse(a_0, 1, eps_hat), a_T, a_0)
+    a_1 = sde.diffuse(a_0, 1, eps_hat)
+    return -sde.log_prob_x1(a_1, noise.a_T, a_0)
+
+
+def released_entropy(sde, a_0, eps_hat, noise):
+    """The released code's form of this (B,), from densities at the times 1, 2 and T.
+
+    a^1-hat is an Euler step of the drift, and each density has its earlier and its later state exchanged.
+    """
     T = sde.num_steps
     a_1 = (1 - sde.between(0, 1)).to(sde.dtype) * a_0
-    likelihood = sde.log_prob(a_1, a_T, 2, T)
+    likelihood = sde.log_prob(a_1, noise.a_T, 2, T)
     prior = sde.log_prob(a_0, a_1, 1, 2)
-    evidence = sde.log_prob(a_0, a_T, 1, T)
-    return likelihood + prior - evidence
+    evidence = sde.log_prob(a_0, noise.a_T, 1, T)
+    return -(likelihood + prior - evidence)
 
 
 def entropy_weights(sde):
@@ -406,14 +412,8 @@ def entropy_estimate(sde, eps_hat, t):
 
 # For each variant: the policy's entropy (B,), and the factor by which alpha is multiplied in Eq. 15.
 VARIANTS = {
-    "paper": (
-        lambda sde, a_0, eps_hat, noise: -policy_log_prob(sde, a_0, eps_hat, noise.a_T, "paper"),
-        lambda entropy, lambda_, A: lambda_,  # alpha stands inside the bracket of Eq. 12
-    ),
-    "released": (
-        lambda sde, a_0, eps_hat, noise: -policy_log_prob(sde, a_0, eps_hat, noise.a_T, "released"),
-        lambda entropy, lambda_, A: 1 / entropy.abs().mean().detach(),
-    ),
+    "paper": (paper_entropy, lambda entropy, lambda_, A: lambda_),  # alpha stands inside the bracket of Eq. 12
+    "released": (released_entropy, lambda entropy, lambda_, A: 1 / entropy.abs().mean().detach()),
     "debruijn": (
         lambda sde, a_0, eps_hat, noise: entropy_estimate(sde, eps_hat, noise.t),
         lambda entropy, lambda_, A: 1 / A,  # nats an action dimension, over which L_diff is a mean too

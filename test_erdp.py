@@ -641,8 +641,8 @@ def test_eq15_log_density_of_a1_hat_is_a_literal_one(variant, T, seed):
     """At Eq. 4 of a^0-hat and the predicted noise, or as the released code has it."""
     a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
     expected = literal_log_prob(variant, *literal_theta("cosine", T), a_0, eps_hat, a_T)
-    found = erdp.policy_log_prob(sde64(T), a_0, eps_hat, a_T, variant)
-    agree("log p(a^1-hat | a^T)", found, expected, rtol=1e-8, atol=1e-8)
+    found = erdp.VARIANTS[variant][0](sde64(T), a_0, eps_hat, Noise(None, None, a_T, None))
+    agree("-log p(a^1-hat | a^T)", found, -expected, rtol=1e-8, atol=1e-8)
 
 
 @settings(max_examples=100)

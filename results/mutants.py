@@ -39,7 +39,7 @@ TESTS = {
     "eq07": ["MeanRevertingSDE.posterior"],
     "eq08": ["MeanRevertingSDE.predict_x0"],
     "eq10": ["sample_actions"],
-    "eq12 or eq15": ["policy_log_prob", "VARIANTS", "policy_loss"],
+    "eq12 or eq15": ["paper_entropy", "released_entropy", "VARIANTS", "policy_loss"],
     "eq14": ["MeanRevertingSDE.log_prob_x1"],
     "eq16": ["critic_loss"],
     "eq17": ["lcb"],
