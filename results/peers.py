@@ -9,12 +9,14 @@ every second update the policy ascends Q at alpha = 2.5 beside the squared error
 (Kostrikov, Nair and Levine, 2021): V is an expectile of Q over the data's actions, and the policy, here a mean without
 a deviation, is fitted to these with weights exp(advantage). All are networks of two hidden layers of 256 units on
 normalised states. Where none is above regression, a method that learns with Q cannot be expected to be above cloning,
-and the data are at fault. Each run is kept as a line of peers.jsonl; `results/report.py` has a table of them.
+and the data are at fault. Each run adds a line to peers.jsonl in the current folder, or in that of `--out`;
+`results/report.py` has a table of them.
 """
 
 import argparse
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -158,7 +160,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60_000, help="updates")
     parser.add_argument("--episodes", type=int, default=60)
-    args = start(parser, argv)
+    args = start(parser, argv, out=Path())
     try:
         line = run(args)
     except erdp.UserError as error:

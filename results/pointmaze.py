@@ -1,7 +1,6 @@
 """A recorded data set that anyone can make in ten seconds, and on which learning with Q has something to win.
 
-    python results/pointmaze.py
-    python erdp.py --dataset pointmaze/wanderer-v0 --q-time 3 --num-critics 4 --num-steps 20000 --eval-every 10000
+    python results/pointmaze.py    # the README has the command that learns from it
 
 In Gymnasium-Robotics' U maze (MuJoCo) a ball, pushed by two forces, is paid 1 for each of 300 steps that ends within
 0.45 of a goal at the end of one arm. The data are a wanderer's, who goes to one random cell after another and does not

@@ -53,7 +53,7 @@ COMMON = dict(num_critics=4, num_steps=30_000, eval_every=2_500, eval_episodes=1
 SEEDS = range(1, 9)
 FEWER = range(1, 5)  # seeds of the exploratory arms
 STEPS = range(2_500, 30_001, 2_500)  # the updates after which a run is evaluated
-COLUMNS = "score", "best of 50, last policy", "plain sample, last policy"
+COLUMNS = "score", "one of 50, last policy", "plain sample, last policy"
 LATE = 5  # so many last evaluations are a run's score
 EPISODES = 20  # whose ways are drawn
 
@@ -155,8 +155,8 @@ def tables(scores: dict, acting: dict) -> dict[str, str]:
         "early less all times": (scores["early"], scores["all"]),
         "all times less cloning, plain samples": (acting["all", 1], acting["cloning", 1]),
         "early times less cloning, plain samples": (acting["early", 1], acting["cloning", 1]),
-        "cloning, best of 50 less plain sample": (acting["cloning", 50], acting["cloning", 1]),
-        "all times, best of 50 less plain sample": (acting["all", 50], acting["all", 1]),
+        "cloning, one of 50 less plain sample": (acting["cloning", 50], acting["cloning", 1]),
+        "all times, one of 50 less plain sample": (acting["all", 50], acting["all", 1]),
     }
     found = [paired(*pair) for pair in secondary.values()]
     rows = []
@@ -177,7 +177,7 @@ def unplanned(scores: dict, curves: dict, acting: dict) -> str:
         return ["{mean:+.1f} [{low:.1f}, {high:.1f}], {ahead} of 8".format(**test) for test in tests]
 
     rows = [[f"evaluation at {STEPS[k]:,}", *cells({arm: curves[arm][:, k] for arm in ARMS})] for k in range(-LATE, 0)]
-    for candidates, name in ((50, "best of 50"), (1, "plain sample")):
+    for candidates, name in ((50, "one of 50"), (1, "plain sample")):
         rows.append([f"last policy, {name}", *cells({arm: acting[arm, candidates] for arm in ARMS})])
     gains = [a - b for a, b in pairs(scores)]
     rows.append(

@@ -622,7 +622,7 @@ def test_pointmaze_study_pairs_seeds_takes_late_scores_and_corrects_by_holm(stud
     assert f"All times less cloning with critics: {mean:+.1f} [{mean - half:.1f}, {mean + half:.1f}], p = " in page
     line = re.search(r"^\| early less all times \| (\S+) .*", page, re.MULTILINE)
     assert float(line[1]) == pytest.approx((early - every).mean(), abs=0.05)
-    line = re.search(r"^\| cloning, best of 50 less plain sample \| (\S+) .*", page, re.MULTILINE)
+    line = re.search(r"^\| cloning, one of 50 less plain sample \| (\S+) .*", page, re.MULTILINE)
     assert float(line[1]) == pytest.approx((acted[2, :, 0] - acted[2, :, 1]).mean(), abs=0.05)
     for step in ("20,000", "30,000"):  # the arms' scores are all moved by the same there
         line = re.search(rf"^\| evaluation at {step} \| .* \| (\S+) .*, (\d) of 8 \|", page, re.MULTILINE)
