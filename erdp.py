@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ class Args(Start):
     eval_candidates: int = 50  # samples of which one is drawn by softmax over their value; 1: a plain sample
     eval_env: str | None = None  # an environment in place of the row's or the data's: an id, module:id or module:Class
     # speed
-    compile: bool = False  # torch.compile: about twice as fast on a CPU, after half a minute of compiling at T = 5
+    compile: bool = False  # torch.compile, on CUDA with a graph an update; twice as fast on a CPU, after half a minute
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of matrix products; tf32: on CUDA, bf16: in Q
 
     def __post_init__(self):
@@ -624,6 +625,7 @@ def use_device(args: Args):
         exact = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_amx_tile_supported()
         torch.set_float32_matmul_precision("medium" if exact else "highest")
     else:
+        warnings.filterwarnings("ignore", ".*capturable=True")  # of the first updates, which are not captured
         torch.cuda.set_device(torch.device(args.device).index or 0)  # which "cuda" alone has not
         torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")  # high: TF32
     if args.compile:
@@ -1473,7 +1475,7 @@ def train(args: Args) -> int:
         run.describe()
         writer = stack.enter_context(SummaryWriter(str(folder), purge_step=run.step + 1))
         bar = stack.enter_context(tqdm(total=args.num_steps, initial=run.step, unit=" updates", disable=None))
-        learn = run.learn if args.device == "cpu" else Captured(run.learn)
+        learn = Captured(run.learn) if args.compile and args.device != "cpu" else run.learn
         with interruptible() as stops:
             while True:
                 if run.evaluation_due() and not stops:
@@ -1618,7 +1620,8 @@ def main(argv: list[str] | None = None) -> int:
         print("erdp:", *str(error).splitlines(), file=sys.stderr)  # a large Box describes itself in several lines
         return 1 if isinstance(error, FloatingPointError) else 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        full = "allocate memory", "out of memory", "ALLOC_FAILED"  # of a CPU, of CUDA, of its libraries
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in full):
             raise
         print("erdp: this needs more memory than there is: give smaller sizes", file=sys.stderr)
         return 2

@@ -2,10 +2,10 @@
 and schedules, the networks, Figure 2, Algorithm 1, Tables 1, 2 and 4, and what here goes beyond it. The other tests are
 of the program around it.
 
-Expectations never come from the code under test. They are SciPy's densities, simulations of the SDE, Bayes' rule,
-finite differences, closed forms, or a slow second implementation written here, term by term from the paper (the
-`literal_*` functions and `Algorithm1`). A test is named after the equation it proves, and its message says what was
-expected of it.
+What is expected of an equation does not come from the code under test. It is taken from SciPy's densities, simulations
+of the SDE, Bayes' rule, finite differences, closed forms, or a slow second implementation written here, term by term
+from the paper (the `literal_*` functions and `Algorithm1`). A test is named after the equation it proves, and its
+message says what was expected of it.
 
 Identities are drawn by Hypothesis (schedule, T, shapes, times, values) and hold in float64 to a relative 1e-10, or to
 what their rounding allows. Monte-Carlo tests have fixed seeds, stand outside @given, and have a tolerance at which a
@@ -141,10 +141,9 @@ def own(table: str, name: str):
 
 
 def test_every_option_that_erdp_offers_has_an_independent_formula_here():
-    tables = dict(SCHEDULES="SCHEDULES", LOSSES="LOSSES", ENTROPIES="VARIANTS", VARIANTS="VARIANTS")
-    for here, there in (tables | dict(PESSIMISM="PESSIMISM")).items():
-        for name in getattr(erdp, there):
-            own(f"LITERAL_{here}", name)
+    for table in ("SCHEDULES", "LOSSES", "ENTROPIES", "VARIANTS", "PESSIMISM"):
+        for name in getattr(erdp, table.replace("ENTROPIES", "VARIANTS")):
+            own(f"LITERAL_{table}", name)
     members_of(copied(QEnsemble(1, 1, 1, 1)))  # whose message says what a new critic wants
 
 
@@ -246,14 +245,6 @@ def test_eq02_has_the_moments_and_the_law_of_simulated_paths_of_eq01():
 
 
 @given(cases())
-def test_eq02_transitions_from_0_to_tau_to_t_compose_by_chapman_and_kolmogorov(case):
-    spans = (0, case.tau), (case.tau, case.t), (0, case.t)
-    (decay, var), (further, fresh), (whole, total) = (case.sde.transition(*span) for span in spans)
-    agree("Eq. 2: decays multiply", further * decay, whole)
-    agree("Eq. 2: variance at tau, decayed, and that of the rest", further**2 * var + fresh, total)
-
-
-@given(cases())
 def test_eq02_log_density_is_scipys(case):
     law = norm(np.exp(-case.between) * case.y.numpy(), np.sqrt(-np.expm1(-2 * case.between)))
     expected = law.logpdf(case.x.numpy()).sum(-1)
@@ -335,7 +326,7 @@ def literal_posterior_loss(prime, bar, before, x_0, x_t, eps, eps_hat):
     return ((next(means) - next(means)) ** 2).mean()
 
 
-# From the SDE's symbols (B, 1) and arrays (B, A).
+# Each takes the SDE's symbols (B, 1) and arrays (B, A).
 LITERAL_LOSSES = dict(
     noise=lambda prime, bar, before, x_0, x_t, eps, eps_hat: ((eps_hat - eps) ** 2).mean(),
     likelihood=literal_likelihood_loss,
@@ -343,16 +334,12 @@ LITERAL_LOSSES = dict(
 )
 
 
-def check_loss(name, case):
+@given(cases(), st.sampled_from([*erdp.LOSSES]))
+def test_eq05_eq30_and_eq40_each_loss_is_a_literal_one(case, name):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
     symbols = *map(torch.tensor, (case.prime, case.bar, case.before)), case.x, x_t, case.y, case.z
     found, expected = erdp.LOSSES[name](case.sde, case.x, x_t, case.t, case.y, case.z), own("LITERAL_LOSSES", name)
     agree(f"loss {name}", found, expected(*symbols), rtol=1e-8)
-
-
-@given(cases())
-def test_eq05_is_the_mean_squared_error_of_the_noise(case):
-    check_loss("noise", case)
 
 
 # ==== Eq. 6-8: the posterior, and x0-hat ==============================================================================
@@ -506,7 +493,6 @@ class Problem(NamedTuple):
     def loss(self, **changes):
         """erdp's policy loss, the prediction standing in for the policy."""
         p = self._replace(**changes)
-
         return erdp.policy_loss(lambda *_: p.eps_hat, p.critics, p.sde, p.batch, p.noise, p.q_data, p.args)
 
     def gradient(self, **changes):
@@ -581,9 +567,6 @@ def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(options, c, s
     p = problem(seed, entropy_coef=0.0, **options)
     gradient = p.gradient(critics=lambda *given, **flags: c * p.critics(*given, **flags), q_data=c * p.q_data)
     agree("Eq. 12: lambda takes out the scale of Q", gradient, p.gradient(), rtol=1e-8)
-    without_q = p.gradient(args=dataclasses.replace(p.args, eta=0.0))
-    inside = p.a_0.abs() < 1
-    assert torch.equal(without_q != p.gradient(), inside), "Eq. 12: Q's gradient reaches all actions inside the bounds"
 
 
 def test_eq12_alpha_zero_removes_the_entropy_term_exactly():
@@ -636,15 +619,6 @@ def test_eq14_is_the_joint_gaussians_conditional_density(case):
     agree("Eq. 14", case.sde.log_prob_x1(case.x, case.y, case.z), expected, atol=1e-9 * size)
 
 
-@given(st.sampled_from(["paper", "released"]), st.sampled_from([3, 5, 20]), st.integers(0, 99))
-def test_eq15_log_density_of_a1_hat_is_a_literal_one(variant, T, seed):
-    """At Eq. 4 of a^0-hat and the predicted noise, or as the released code has it."""
-    a_0, eps_hat, a_T = (gaussian(4, 2, seed=seed + k) for k in range(3))
-    expected = literal_log_prob(variant, *literal_theta("cosine", T), a_0, eps_hat, a_T)
-    found = erdp.VARIANTS[variant][0](sde64(T), a_0, eps_hat, Noise(None, None, a_T, None))
-    agree("-log p(a^1-hat | a^T)", found, -expected, rtol=1e-8, atol=1e-8)
-
-
 @settings(max_examples=100)
 @given(st.sampled_from(OPTIONS), st.fixed_dictionaries(SIZES | WEIGHTINGS))
 def test_eq15_policy_loss_and_its_gradient_equal_literal_ones(options, choices):
@@ -660,7 +634,7 @@ def test_eq15_policy_loss_and_its_gradient_equal_literal_ones(options, choices):
 
 
 def test_eq15_gradient_equals_finite_differences():
-    """Where no magnitude that the gradient holds constant depends on the prediction, as in `released`."""
+    """Not of "released": there a magnitude that its gradient holds constant depends on the prediction."""
     for options in ("paper", "noise", "lcb"), ("paper", "likelihood", "min"), ("debruijn", "posterior", "lcb"):
         p = problem(1, **dict(zip(("variant", "loss", "pessimism"), options)))
         assert (p.a_0.abs() < 1).sum() == 5, "of 8 components Q has a gradient to 5"
@@ -679,7 +653,6 @@ def test_eq15_gradients_flow_into_the_policy_alone():
         assert all(weight.grad is None for weight in p.critics.parameters()), f"{variant}: Q's weights get no gradient"
         assert q_data.grad is None, f"{variant}: lambda is a constant of Eq. 15"
         assert not any(part.requires_grad for part in found.values()), f"{variant}: what is reported carries no graph"
-        assert eps_hat.grad.ne(0).all(), f"{variant}: every component of the prediction has a gradient"
 
 
 # ==== In place of Eq. 14: the entropy by de Bruijn's identity =========================================================
@@ -840,23 +813,14 @@ def test_eq16_leaves_the_target_networks_and_the_next_actions_without_gradient()
 
 
 # ==== Eq. 17: the ensemble's pessimism ================================================================================
-@given(arrays(np.float64, st.tuples(st.integers(1, 8), st.integers(1, 4)), elements=st.floats(-9, 9)), st.floats(0, 9))
-def test_eq17_is_the_mean_less_beta_deviations(q, beta):
-    """With divisor M, or M - 1 as the released code has it; of one member there is no deviation."""
-    for variant, correction in dict(paper=0, released=1, debruijn=0).items():
-        deviation = q.std(0, ddof=correction) if len(q) > 1 else 0.0
-        value = erdp.pessimistic_value(torch.tensor(q), Args(variant=variant, lcb_coef=beta))
-        agree(f"Eq. 17, {variant}", value, q.mean(0) - beta * deviation, atol=1e-9)
-    least = erdp.pessimistic_value(torch.tensor(q), Args(pessimism="min", lcb_coef=beta))
-    agree("clipped double Q: the least", least, q.min(0), rtol=0, atol=0)
-
-
-@given(st.sampled_from([*erdp.PESSIMISM]), st.integers(1, 5), st.integers(0, 999))
-def test_eq17_is_over_the_members_alone_whatever_the_other_axes(name, M, seed):
-    """As in acting, where Q has the shape (M, N, C)."""
-    q, args = gaussian(M, 3, 4, seed=seed), Args(pessimism=name, lcb_coef=1.3)
-    expected = torch.stack([own("LITERAL_PESSIMISM", name)(q[:, n], args) for n in range(3)])
-    agree(f"Eq. 17, option {name}: (M, N, C) -> (N, C)", erdp.pessimistic_value(q, args), expected)
+@given(st.sampled_from([*erdp.PESSIMISM]), st.integers(1, 8), st.floats(0, 9), st.integers(0, 999))
+def test_eq17_is_the_mean_less_beta_deviations(name, M, beta, seed):
+    """With divisor M, or M - 1 as the released code has it, and over the members alone: in acting Q is (M, N, C)."""
+    q = gaussian(M, 3, 4, seed=seed)
+    for variant in VARIANTS:
+        args = Args(pessimism=name, variant=variant, lcb_coef=beta)
+        expected = torch.stack([own("LITERAL_PESSIMISM", name)(q[:, n], args) for n in range(3)])
+        agree(f"Eq. 17, {name}, {variant}: (M, N, C) -> (N, C)", erdp.pessimistic_value(q, args), expected, atol=1e-9)
 
 
 def test_eq17_has_the_means_gradient_where_members_agree():
@@ -872,7 +836,7 @@ def test_eq17_has_the_means_gradient_where_members_agree():
         assert elsewhere, f"Eq. 17: gradient elsewhere, {case}"
 
 
-# Of q (M, B), in loops over the members.
+# Each takes q (M, B) and loops over the members.
 LITERAL_PESSIMISM = dict(lcb=lambda q, args: literal_lcb(q, args), min=lambda q, args: torch.stack([*map(min, q.T)]))
 
 
@@ -917,7 +881,7 @@ def test_noise_network_equals_a_literal_one_over_any_leading_axes(lead, S, A, hi
     weights = {name: p.double() for name, p in copied(network).items()}
     expected, single = literal_noise_network(weights, *rows).reshape(*lead, A), network(x_t.float(), t, state.float())
     assert single.dtype == torch.float32
-    agree("NoiseNetwork in float32, with phases in float64", single, expected, rtol=1e-5, atol=2e-6)
+    agree("NoiseNetwork in float32", single, expected, rtol=1e-5, atol=2e-6)
     agree("NoiseNetwork", network.double()(x_t, t, state), expected)
 
 
@@ -984,14 +948,12 @@ def test_precision_bf16_rounds_the_factors_and_the_products_between_hidden_layer
     step = 2**-8 * (q_exact - critics.biases[3][:, 0]).abs().max().item()  # a tie may be rounded either way
     agree("QEnsemble in bfloat16", q, torch.stack(expected), rtol=0, atol=step / 8)
     assert step / 100 < (q - q_exact).abs().max() < 4 * step, "the flag has an effect, and a small one"
-    for p in torch.autograd.grad(q.sum(), [action, *critics.parameters()]):
-        assert p.dtype == torch.float32, "gradients stay in float32"
+    torch.autograd.grad(q.sum(), [action, *critics.parameters()])  # which fails where one has no gradient
 
 
 def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
     torch.manual_seed(0)
     critics = QEnsemble(40, 2, 8)
-    assert len(QEnsemble(1, 1).weights[0]) == 64, "64 members by default"
     assert [tuple(p.shape) for p in critics.weights] == [(8, 42, 256), (8, 256, 256), (8, 256, 256), (8, 256, 1)]
     assert [tuple(p.shape) for p in critics.biases] == [(8, 1, 256), (8, 1, 256), (8, 1, 256), (8, 1, 1)]
     for weight in critics.weights[:3]:
@@ -1017,22 +979,14 @@ def test_mishs_compiled_formula_equals_pytorchs(monkeypatch):
 
 
 # ==== Section 4.1: acting =============================================================================================
-def test_acting_is_by_softmax_over_the_candidates_values():
-    value = torch.tensor([0.3, -1.0, 1.2, 0.5])
-    p, *others = (scipy.special.softmax(scale * value.numpy()) for scale in (1.0, 0.9, 1.1, -1.0, 0.0))
-    N, generator = 200_000, torch.Generator().manual_seed(0)
-    candidates = torch.arange(4.0)[:, None].expand(N, 4, 2)
-    u = torch.rand(N, 1, generator=generator, dtype=torch.float64)
-    chosen = erdp.choose_action(candidates, value.expand(N, 4), u)
-    assert torch.equal(chosen[:, 0], chosen[:, 1]), "both dimensions are of the same candidate"
-    assert_counts("softmax", chosen[:, 0].long().bincount(minlength=4), p, [*others, np.roll(p, 1)])
-
-
 def test_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceeds_it():
     quarters, tenths, first_is_out = [0.0] * 4, [5e4] * 10, [-math.inf, 0.0, 0.0]
     last = np.nextafter(1, 0)  # which ten rounded shares of 0.1 do not exceed
     edges = [(quarters, u, n) for u, n in ((0.0, 0), (np.nextafter(0.25, 0), 0), (0.25, 1), (0.75, 3), (last, 3))]
     edges += [([0.0] * 3, 1 / 3, 1), (tenths, last, 9), (first_is_out, 0.0, 1)]  # 1/3 is larger in float32
+    value = [0.3, -1.0, 1.2, 0.5]
+    for n, share in enumerate(np.cumsum(scipy.special.softmax(value))[:-1]):
+        edges += [(value, share - 1e-6, n), (value, share + 1e-6, n + 1)]
     for value, u, expected in edges:
         candidates, column = torch.arange(len(value))[None, :, None], torch.tensor([[u]], dtype=torch.float64)
         found = erdp.choose_action(candidates, torch.tensor([value]), column).item()
@@ -1040,7 +994,7 @@ def test_acting_takes_at_any_u_the_first_candidate_whose_cumulative_share_exceed
 
 
 def actor_of(candidates=6, **choices) -> erdp.Actor:
-    """In states of three numbers, which the environment has as a dict, with members that differ."""
+    """It acts in states of three numbers, which the environment has as a dict, by members that differ."""
     torch.manual_seed(0)
     agent = Agent(3, 2, Args(hidden=32, num_critics=3, eval_candidates=candidates, **choices))
     for p in agent.critics_target.parameters():
@@ -1065,9 +1019,11 @@ def literal_action(actor, state, stream):
 
 def check_actor(claim, actor, N=30):
     states = np.random.default_rng(0).normal(size=(N, 3))
-    found = actor(states, [np.random.default_rng(n) for n in range(N)])
-    expected, shares = zip(*(literal_action(actor, state, np.random.default_rng(n)) for n, state in enumerate(states)))
+    streams, same = ([np.random.default_rng(n) for n in range(N)] for _ in range(2))
+    found = actor(states, streams)
+    expected, shares = zip(*(literal_action(actor, state, stream) for state, stream in zip(states, same)))
     agree(claim, found, np.array(expected), rtol=1e-3, atol=1e-3)
+    assert [s.random() for s in streams] == [s.random() for s in same], f"{claim}: no other number is drawn"
     return shares
 
 
@@ -1188,7 +1144,7 @@ ALGORITHM1 = {
     "min": dict(pessimism="min", variant="released", loss="posterior", schedule="linear"),
     "debruijn": dict(variant="debruijn", q_time=2, entropy_coef=0.1),
     "one member": dict(num_critics=1, variant="released", entropy_coef=0.0, schedule="constant"),
-    "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=3, ema_start=0, critic_lr=1e-2),
+    "other rates": dict(discount=0.9, target_rate=0.1, ema_rate=0.2, ema_every=3, ema_start=2, critic_lr=1e-2),
 }
 
 
@@ -1213,16 +1169,6 @@ def test_algorithm1_updates_equal_literal_ones():
         check_algorithm1(name, 1, start)
     for name in ("clipped gradients", "other rates"):
         check_algorithm1(name, 3, 999)
-
-
-def test_algorithm1_moves_the_ema_policy_at_multiples_of_ema_every_from_ema_start_on():
-    agent, generator, moves = tiny_agent(ema_start=7, ema_every=5), torch.Generator().manual_seed(0), []
-    for k in range(21):
-        before = [p.clone() for p in agent.policy_ema.parameters()]
-        erdp.update(agent, random_batch(4), random_noise(agent.args, generator))
-        if not all(map(torch.equal, before, agent.policy_ema.parameters())):
-            moves.append(k)
-    assert moves == [10, 15, 20], "at multiples of 5, as in the released code, and not at 7, 12, 17"
 
 
 def test_algorithm1_agent_has_the_papers_networks_and_optimisers():
@@ -1341,7 +1287,7 @@ def test_algorithm1_on_the_toy_ends_above_the_data_and_above_cloning():
     assert ours > max(of_data, cloning) + 1 and other_sign < of_data, words
 
 
-# ==== Appendix: Eq. 28, 30, 40 and A.3 ================================================================================
+# ==== Appendix: Eq. 28, 40 and A.3 ====================================================================================
 @given(cases())
 def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
     x_t, std = case.x.numpy(), np.sqrt(-np.expm1(-2 * case.bar))
@@ -1349,13 +1295,6 @@ def test_eq28_score_is_the_gradient_of_scipys_log_density(case):
     gradient = (law.logpdf(x_t + std) - law.logpdf(x_t - std)) / (2 * std)  # exact: the log density is a parabola
     scale = 1 + np.abs(law.logpdf(x_t)).max() / std.min()
     agree("Eq. 28", case.sde.score(case.x, case.y, case.t), gradient, atol=1e-12 * scale)
-
-
-@given(cases())
-def test_eq30_score_of_a_diffused_state_is_minus_its_noise_over_its_deviation(case):
-    x_0, eps = case.x, case.y
-    score = case.sde.score(case.sde.diffuse(x_0, case.t, eps), x_0, case.t)
-    agree("Eq. 30 of Eq. 4", score, -eps.numpy() / np.sqrt(1 - np.exp(-2 * case.bar)))
 
 
 @given(cases(first=2))
@@ -1372,11 +1311,6 @@ def test_eq38_posterior_mean_is_the_optimal_reverse_path(case):
     assert (after > at).all(), "A.3: a minimum of Eq. 37"
 
 
-@given(cases(), st.sampled_from([*erdp.LOSSES]))
-def test_eq40_every_loss_in_place_of_eq05_is_a_literal_one(case, name):
-    check_loss(name, case)
-
-
 @given(cases())
 def test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser(case):
     x_t = case.sde.diffuse(case.x, case.t, case.y)
@@ -1389,7 +1323,7 @@ def test_eq40_posterior_loss_has_the_true_noise_as_its_minimiser(case):
 
 # ==== Tables 1, 2 and 4, and Section 4.1's settings ===================================================================
 # From arXiv:2402.04080: Section 4.1 and what all lines of Table 4 (Appendix B.1) share; what neither says is the
-# released code's.
+# released code's, or a setting of erdp.py's own.
 SHARED = dict(variant="paper", num_critics=64, lcb_coef=4.0, entropy_coef=0.01, num_diffusion_steps=5, hidden=256)
 SHARED |= dict(batch_size=256, discount=0.99, critic_lr=3e-4, eval_every=50_000, eval_candidates=50, schedule="cosine")
 SHARED |= dict(target_rate=0.005, ema_rate=0.005, ema_every=5, ema_start=1000, pessimism="lcb")
@@ -1554,17 +1488,16 @@ def columns_of(space, samples):
     return np.array(samples)
 
 
-def random_episodes(env, steps=4, seed=0, **columns) -> list[dict]:
-    """Two episodes of random numbers in the spaces of an environment, but for the columns that are given."""
+def random_episodes(env) -> list[dict]:
+    """Two episodes of four steps of random numbers in the spaces of an environment."""
     env = gym.make(env)
-    env.observation_space.seed(seed)
+    env.observation_space.seed(0)
     episodes = []
     for _ in range(2):
-        states = [env.observation_space.sample() for _ in range(steps + 1)]
-        own = dict(observations=columns_of(env.observation_space, states), rewards=[0.5] * steps)
-        own |= dict(actions=[env.action_space.sample() for _ in range(steps)])
-        own |= dict(terminations=[False] * steps, truncations=[False] * (steps - 1) + [True])
-        episodes.append(own | columns)
+        states = [env.observation_space.sample() for _ in range(5)]
+        columns = dict(observations=columns_of(env.observation_space, states), rewards=[0.5] * 4)
+        columns |= dict(actions=[env.action_space.sample() for _ in range(4)])
+        episodes.append(columns | dict(terminations=[False] * 4, truncations=[False] * 3 + [True]))
     return episodes
 
 
@@ -1947,19 +1880,6 @@ def test_evaluation_does_not_depend_on_how_many_environments_step_together():
     score(Gambler(), num_envs=2, unstable=seeds[9])  # what comes after the last episode does not count
 
 
-def test_actor_of_one_sample_draws_nothing_but_its_noise():
-    stream, same = np.random.default_rng(0), np.random.default_rng(0)
-    actor_of(candidates=1)(np.zeros(3, np.float32), stream)
-    same.standard_normal((5, 1, 2), np.float32)
-    assert stream.random() == same.random()
-
-
-def test_actor_can_be_pickled():
-    actor, state = actor_of(), np.ones((1, 3), np.float32)
-    copy = pickle.loads(pickle.dumps(actor))
-    agree("a copy's action", *(each(state, np.random.default_rng(0)) for each in (copy, actor)))
-
-
 def test_actor_takes_observations_flat_or_as_the_environment_has_them_one_or_many():
     actor, states = actor_of(), np.random.default_rng(0).normal(size=(5, 3))
 
@@ -1968,6 +1888,8 @@ def test_actor_takes_observations_flat_or_as_the_environment_has_them_one_or_man
 
     together, alone = act(states, *range(5)), act(states[2], 2)
     agree("one state, alone and among others", alone, together[2], rtol=1e-4, atol=1e-5)
+    copy = pickle.loads(pickle.dumps(actor))
+    agree("a pickled copy", copy(states[2], np.random.default_rng(2)), alone, rtol=0, atol=0)
     agree("dicts", act(dict(a=states[:, :1], b=states[:, 1:, None]), *range(5)), together, rtol=0, atol=0)
     agree("a dict", act(dict(a=states[2, :1], b=states[2, 1:, None]), 2), alone, rtol=0, atol=0)
     for layout, observation in (([3, 1], states[2][:, None]), ([1, 3], states[2][None])):  # a column, a row
@@ -2156,7 +2078,7 @@ def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_no
         assert not any(torch.equal(*pair) for pair in pairs), f"{key} of two seeds"
     assert not torch.equal(ours["generator"], other["generator"])
     capsys.readouterr()
-    assert erdp.main(["--eval-only", str(tmp_path / "other" / "policy.pt")]) == 0
+    assert erdp.main(["--eval-only", str(tmp_path / "other" / "policy.pt"), "--device", "cpu"]) == 0
     last = checkpoint(tmp_path / "other")["evaluations"][-1]
     assert in_words(last) in capsys.readouterr().out, "episodes are those of the run's seed"
     weights = []
@@ -2166,16 +2088,8 @@ def test_runs_of_a_seed_are_the_same_however_often_evaluated_and_of_two_seeds_no
     assert not any(map(torch.equal, *weights)), "two seeds begin with different weights"
 
 
-kill = functools.partial(pytest.fail, "killed")  # which nothing of erdp.py catches
-ctrl_c, sigterm = (functools.partial(signal.raise_signal, number) for number in (signal.SIGINT, signal.SIGTERM))
-no_compiler, found_nan = RuntimeError("a compiler was interrupted"), FloatingPointError("a loss is NaN")
-other_pipe = Mock(side_effect=BrokenPipeError("of another pipe"))
-
-
-def broken_by(stop, error):
-    """A signal in an update that is half made, and what comes of it or beside it."""
-    stop()
-    raise error
+def in_turn(*happenings):
+    return lambda: [happens() for happens in happenings]
 
 
 def full_disk():
@@ -2186,27 +2100,20 @@ def full_disk():
         raise RuntimeError("PytorchStreamWriter failed writing file") from error
 
 
-def full_disk_after_sigterm():
-    sigterm()
-    full_disk()
-
-
-def twice():
-    """As a scheduler and run_all.sh may both send the same one."""
-    sigterm()
-    sigterm()
-
-
-nan_after_sigterm = functools.partial(broken_by, sigterm, found_nan)
-compiler_after_ctrl_c = functools.partial(broken_by, ctrl_c, no_compiler)
-
-
 def worker_first():
     """A signal to all processes, which ends a worker before it reaches this one."""
     threading.Timer(0.2, sigterm).start()
     raise EOFError
 
 
+kill = functools.partial(pytest.fail, "killed")  # which nothing of erdp.py catches
+ctrl_c, sigterm = (functools.partial(signal.raise_signal, number) for number in (signal.SIGINT, signal.SIGTERM))
+twice = in_turn(sigterm, sigterm)  # as a scheduler and run_all.sh may both send the same one
+full_disk_after_sigterm = in_turn(sigterm, full_disk)
+# Signals in an update that is half made, and what comes of them or beside them
+nan_after_sigterm = in_turn(sigterm, Mock(side_effect=FloatingPointError("a loss is NaN")))
+compiler_after_ctrl_c = in_turn(ctrl_c, Mock(side_effect=RuntimeError("a compiler was interrupted")))
+other_pipe = Mock(side_effect=BrokenPipeError("of another pipe"))
 PLACES = {"update": (erdp, "update"), "act": (erdp.Actor, "__call__"), "save": (torch, "save")}
 
 
@@ -2322,7 +2229,7 @@ def test_runs_save_by_time_only_as_long_after_a_save_as_they_say(tmp_path, monke
 
 @pytest.mark.parametrize("where, step, last", [("policy", 3, 0), ("critics", 3, 0), ("Q", 6, 4), ("Q", 12, 8)])
 def test_runs_stop_where_a_number_is_not_finite_and_never_save_it(where, step, last, tmp_path, monkeypatch, capsys):
-    """The update in which it is, and the last good checkpoint's."""
+    """`step` is the update in which it is, `last` that of the last good checkpoint."""
     calls, folder = itertools.count(1), tmp_path / "run"
 
     def update(agent, *_):
@@ -2395,7 +2302,7 @@ def test_runs_are_at_work_in_their_folder_alone(refused, unfinished):
 def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_writes_nothing(finished, capsys):
     def said(name, *more):
         capsys.readouterr()
-        assert erdp.main(["--eval-only", str(finished / name), *more]) == 0
+        assert erdp.main(["--eval-only", str(finished / name), "--device", "cpu", *more]) == 0
         return capsys.readouterr().out
 
     before, rows = files(finished), checkpoint(finished)["evaluations"]
@@ -2481,7 +2388,7 @@ def test_run_on_a_tiny_minari_data_set_and_evaluation_without_it(minari_root, tm
         assert 1 <= row["length"] <= 3, "the environment's time limit is kept"
     shutil.rmtree(minari_root)
     for name in ("policy.pt", "checkpoint.pt"):
-        assert erdp.main(["--eval-only", str(folder / name)]) == 0, "a policy knows its environment"
+        assert erdp.main(["--eval-only", str(folder / name), "--device", "cpu"]) == 0, "a policy knows its environment"
         assert in_words(rows[-1]) in capsys.readouterr().out
     actor = erdp.load_policy(folder / "policy.pt")
     action = actor(Ledger.observation_space.sample())
@@ -2851,7 +2758,8 @@ def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, 
 def test_bad_sizes_for_the_memory_are_refused_and_mistakes_keep_their_traceback(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     refused(["--device", "cuda:2"], "--device cuda:2 is not there: PyTorch sees cpu, cuda, cuda:0, cuda:1")
-    for error in (MemoryError, torch.OutOfMemoryError, RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+    problems = "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    for error in (MemoryError, torch.OutOfMemoryError("CUDA out of memory"), *map(RuntimeError, problems)):
         monkeypatch.setattr(erdp, "load_data", Mock(side_effect=error))
         refused(["--env", "toy", "--device", "cpu"], "needs more memory than there is")
     for error in (KeyError("a mistake"), RuntimeError("a mistake")):
@@ -3074,6 +2982,7 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("cl
 @pytest.mark.parametrize("name", ALGORITHM1)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_cuda_losses_and_gradients_agree_with_the_cpus(name, dtype, tolerance):
+    torch.set_float32_matmul_precision("highest")  # a run before this may have allowed TF32
     found = []
     for device in ("cpu", "cuda"):
         agent = tiny_agent(device, dtype, **ALGORITHM1[name])

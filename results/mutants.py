@@ -43,7 +43,7 @@ TESTS = {
     "eq14": ["MeanRevertingSDE.log_prob_x1"],
     "eq16": ["critic_loss"],
     "eq17": ["lcb"],
-    "eq28 or eq30": ["MeanRevertingSDE.score"],
+    "eq28": ["MeanRevertingSDE.score"],
     "entropy or debruijn": ["entropy_weights", "entropy_estimate"],
     "algorithm1": ["Agent.__init__", "update", "optimizer_step", "soft_update", "noise_buffers", "sample_noise"],
     "mish": ["mish"],
