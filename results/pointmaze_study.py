@@ -35,7 +35,7 @@ EXPLORED = {
     "released": "`--variant released`",
     "debruijn": "`--variant debruijn`",
     "clipped": "clipped double Q",
-    "weight": "eta = 1.6667",  # alone not in the design
+    "weight": "eta = 1.6667, alpha = 0.006",  # alone not in the design
 }
 OPTIONS = {
     "all": {},
@@ -47,7 +47,7 @@ OPTIONS = {
     "released": dict(variant="released"),
     "debruijn": dict(variant="debruijn"),
     "clipped": dict(pessimism="min", num_critics=2, entropy_coef=0.0),
-    "weight": dict(eta=1.6667),
+    "weight": dict(eta=1.6667, entropy_coef=0.006),
 }
 COMMON = dict(num_critics=4, num_steps=30_000, eval_every=2_500, eval_episodes=10)
 SEEDS = range(1, 9)
