@@ -54,6 +54,7 @@ SEEDS = range(1, 9)
 FEWER = range(1, 5)  # seeds of the exploratory arms
 STEPS = range(2_500, 30_001, 2_500)  # the updates after which a run is evaluated
 COLUMNS = "score", "one of 50, last policy", "plain sample, last policy"
+DIFFERENCE = "{mean:+.1f} [{low:.1f}, {high:.1f}]"  # of what `paired` finds
 LATE = 5  # so many last evaluations are a run's score
 EPISODES = 20  # whose ways are drawn
 
@@ -140,17 +141,17 @@ def by_run(lines: list[dict]) -> dict:
     return {(line["run"], line["candidates"]): line["score"] for line in lines}
 
 
-def means(scores: dict, acting: dict, arm: str, seeds) -> list[str]:
-    """An arm's COLUMNS, as means ± deviations over its first seeds."""
-    columns = (values[: len(seeds)] for values in (scores[arm], acting[arm, 50], acting[arm, 1]))
+def means(scores: dict, acting: dict, arm: str, n: int) -> list[str]:
+    """An arm's COLUMNS, as means ± deviations over its first n seeds."""
+    columns = (values[:n] for values in (scores[arm], acting[arm, 50], acting[arm, 1]))
     return [f"{np.mean(column):.1f} ± {np.std(column):.1f}" for column in columns]
 
 
 def tables(scores: dict, acting: dict) -> dict[str, str]:
     """The page's tables and its headline, from scores[arm] (seeds,) and acting[arm, candidates] (seeds,)."""
-    arms = table(["arm", *COLUMNS], [[name, *means(scores, acting, arm, SEEDS)] for arm, name in ARMS.items()])
+    arms = table(["arm", *COLUMNS], [[name, *means(scores, acting, arm, len(SEEDS))] for arm, name in ARMS.items()])
     headline = paired(scores["all"], scores["cloning"])
-    words = "All times less cloning with critics: {mean:+.1f} [{low:.1f}, {high:.1f}], p = {p:.2g}."
+    words = f"All times less cloning with critics: {DIFFERENCE}, p = {{p:.2g}}."
     secondary = {
         "early less all times": (scores["early"], scores["all"]),
         "all times less cloning, plain samples": (acting["all", 1], acting["cloning", 1]),
@@ -161,7 +162,7 @@ def tables(scores: dict, acting: dict) -> dict[str, str]:
     found = [paired(*pair) for pair in secondary.values()]
     rows = []
     for name, test, p in zip(secondary, found, holm([test["p"] for test in found])):
-        rows.append([name, f"{test['mean']:+.1f} [{test['low']:.1f}, {test['high']:.1f}]", f"{p:.2g}"])
+        rows.append([name, DIFFERENCE.format(**test), f"{p:.2g}"])
     rest = table(["what", "difference, 95% interval", "p by Holm"], rows)
     return dict(arms=arms, headline=words.format(**headline), secondary=rest)
 
@@ -174,7 +175,7 @@ def unplanned(scores: dict, curves: dict, acting: dict) -> str:
 
     def cells(values):
         tests = [paired(*pair) | dict(ahead=np.greater(*pair).sum()) for pair in pairs(values)]
-        return ["{mean:+.1f} [{low:.1f}, {high:.1f}], {ahead} of 8".format(**test) for test in tests]
+        return [f"{DIFFERENCE}, {{ahead}} of 8".format(**test) for test in tests]
 
     rows = [[f"evaluation at {STEPS[k]:,}", *cells({arm: curves[arm][:, k] for arm in ARMS})] for k in range(-LATE, 0)]
     for candidates, name in ((50, "one of 50"), (1, "plain sample")):
@@ -188,12 +189,11 @@ def unplanned(scores: dict, curves: dict, acting: dict) -> str:
 
 def explored(scores: dict, acting: dict) -> str:
     """The exploratory arms whose runs are all there, below the study's on the same seeds."""
-    rows = []
+    rows, n = [], len(FEWER)
     for arm, name in (ARMS | EXPLORED).items():
         if arm in scores:
-            pair = scores[arm][: len(FEWER)], scores["all"][: len(FEWER)]
-            less = "" if arm == "all" else "{mean:+.1f} [{low:.1f}, {high:.1f}]".format(**paired(*pair))
-            rows.append([name, *means(scores, acting, arm, FEWER), less])
+            less = "" if arm == "all" else DIFFERENCE.format(**paired(scores[arm][:n], scores["all"][:n]))
+            rows.append([name, *means(scores, acting, arm, n), less])
     return table(["arm", *COLUMNS, "score less that of all times"], rows)
 
 
