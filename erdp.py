@@ -44,14 +44,13 @@ import tyro
 from gymnasium.envs.registration import EnvSpec
 from tqdm import tqdm
 
+
 # ==== 1. Settings: Section 4.1 and Table 4, whose lines are in DOMAINS ================================================
-
-
 @dataclasses.dataclass
 class Start:
     """The settings that say which run is meant. They are read first, as the defaults of all others follow from them."""
 
-    env: Literal[tuple(ROWS)] = "toy"  # a row of the tables, Figure 1's toy, or own: --dataset in its environment
+    env: Literal[tuple(ROWS)] | None = None  # None: own if --dataset names a data set, else toy
     dataset: str | None = None  # a Minari id, an .hdf5 file in D4RL's layout, or toy-0 to toy-99, for the row's data
     variant: Literal[tuple(VARIANTS)] = "paper"  # the paper; its authors' code; or the paper with de Bruijn's entropy
     seed: int = 0  # seeds weights, batches, noise, evaluation and the toy's data
@@ -66,6 +65,7 @@ class Args(Start):
     """Entropy-regularized diffusion policy with Q-ensembles (arXiv:2402.04080). The defaults are those of --env's row
     in the paper: add --env ROW to --help to see them, and take them from `preset` in Python."""
 
+    env: Literal[tuple(ROWS)] = "toy"  # a row of the tables, Figure 1's toy, or own: --dataset in its environment
     num_steps: int = 1_000_000  # updates in all
     batch_size: int = 256  # transitions in an update
     hidden: int = 256  # width of every hidden layer
@@ -107,13 +107,9 @@ class Args(Start):
 
 
 # ==== 2. The mean-reverting SDE: Eq. 1-8, 14, 28 ======================================================================
-
-
 def cosine(k, T):
-    def f(k):
-        return np.cos((k / (T + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
-
-    return 1 - f(k) / f(0)
+    f = np.cos((np.append(0, k) / (T + 1) + 0.008) / 1.008 * np.pi / 2) ** 2  # at 0, then at k
+    return 1 - f[1:] / f[0]
 
 
 # theta over steps k = 1..T (an array), up to a factor: every schedule is scaled to theta_bar_T = -ln(1e-3).
@@ -211,8 +207,6 @@ class MeanRevertingSDE:
 
 
 # ==== 3. Networks =====================================================================================================
-
-
 class NoiseNetwork(nn.Module):
     """eps_phi(x_t, t, s): three hidden Mish layers over (noisy action, time embedding, state)."""
 
@@ -266,8 +260,6 @@ class QEnsemble(nn.Module):
 
 
 # ==== 4. Sampling (Eq. 10 by Eq. 6 and 8) and acting ==================================================================
-
-
 def sample_actions(network, sde, state, noise, clip_denoised: bool = True, clip_sample: bool = True):
     """Actions (..., A) for states (..., S) in T steps of optimal sampling (Proposition 3.1).
 
@@ -310,8 +302,6 @@ def act(policy, critics, sde, state, noise, u, args: Args):
 
 
 # ==== 5. Losses, in the paper's order: Eq. 5, 12-15, 16, 17 ===========================================================
-
-
 class Batch(NamedTuple):
     """Transitions: state (B, S), action (B, A) in [-1, 1], reward (B,), next_state (B, S), terminal (B,) 0 or 1."""
 
@@ -385,7 +375,7 @@ def entropy_weights(sde):
 
     There, with x_0 in [-1, 1]^A, x_t is standard Gaussian to within 0.01 nats a dimension: its KL divergence from that
     and what its entropy lacks are at most -1/2 log var_t, as H(x_t) >= H(x_t | x_0). These times would add at most
-    0.03 nats a dimension to `entropy_estimate`, but have most of the weight.
+    0.03 nats a dimension to `debruijn_entropy`, but have most of the weight.
     """
     t = torch.arange(1, sde.num_steps + 1, device=sde.theta_bar.device)
     var = sde.var(0, t)  # (T, 1)
@@ -394,8 +384,8 @@ def entropy_weights(sde):
     return weight[:, 0].to(sde.dtype)
 
 
-def entropy_estimate(sde, eps_hat, t):
-    """H-hat (B,) in nats from the predicted noise eps_hat (B, A) at one diffusion time a row, t (B,) uniform on 1..T.
+def debruijn_entropy(sde, a_0, eps_hat, noise):
+    """H-hat (B,) in nats from the predicted noise eps_hat (B, A) at one diffusion time a row, noise.t uniform on 1..T.
 
     De Bruijn's identity for Eq. 1, dH(x_s)/ds = E||grad log p_s||^2 - A over s = theta_bar, with the score
     -E[eps | x_s] / std_s and a Gaussian end, on the grid: A/2 log(2 pi e) - sum_t w_t (||eps_hat||^2 - var_t A). A row
@@ -406,8 +396,8 @@ def entropy_estimate(sde, eps_hat, t):
     which also pulls q back.
     """
     A = eps_hat.shape[-1]
-    _, var = sde.transition(0, t)  # (B, 1)
-    weight = sde.num_steps * entropy_weights(sde)[t - 1]  # (B,)
+    _, var = sde.transition(0, noise.t)  # (B, 1)
+    weight = sde.num_steps * entropy_weights(sde)[noise.t - 1]  # (B,)
     return A / 2 * math.log(2 * math.pi * math.e) - weight * (eps_hat**2 - var).sum(-1)
 
 
@@ -415,10 +405,7 @@ def entropy_estimate(sde, eps_hat, t):
 VARIANTS = {
     "paper": (paper_entropy, lambda entropy, lambda_, A: lambda_),  # alpha stands inside the bracket of Eq. 12
     "released": (released_entropy, lambda entropy, lambda_, A: 1 / entropy.abs().mean().detach()),
-    "debruijn": (
-        lambda sde, a_0, eps_hat, noise: entropy_estimate(sde, eps_hat, noise.t),
-        lambda entropy, lambda_, A: 1 / A,  # nats an action dimension, over which L_diff is a mean too
-    ),
+    "debruijn": (debruijn_entropy, lambda entropy, lambda_, A: 1 / A),  # nats a dimension, as L_diff is
 }
 
 
@@ -427,8 +414,7 @@ def policy_loss(policy, critics, sde, batch: Batch, noise: Noise, q_data, args: 
 
     a^0-hat is Eq. 8 at the noised data action of L_diff, not a sample. Q sees it clamped to the bounds, so that
     components outside have no gradient, and only at times up to `q_time`; the entropy sees it unclamped. q_data (M, B),
-    for lambda, is Q(s, a) as `critic_loss` gave it, before the Q update, which saves a pass through the ensemble. Q's
-    weights get no gradient.
+    for lambda, is Q(s, a) of `critic_loss`, from before the Q update. Q's weights get no gradient.
     """
     x_t = sde.diffuse(batch.action, noise.t, noise.eps)  # Eq. 4
     eps_hat = policy(x_t, noise.t, batch.state)
@@ -484,7 +470,6 @@ def pessimistic_value(q, args: Args):
 
 
 # ==== 6. Algorithm 1 ==================================================================================================
-
 METRICS = "critic_loss", "policy_loss", "diffusion_loss", "q", "lcb", "entropy"
 
 
@@ -571,13 +556,8 @@ def sample_noise(noise: Noise, generator: torch.Generator):
         gaussian.normal_(generator=generator)
 
 
-# ######################################################################################################################
-# The paper's mathematics ends here. Below: its tables of settings and rows, data, evaluation, training, command line.
-# ######################################################################################################################
-
+# #### The paper's mathematics ends here. Below: its tables, data, evaluation, training, the command line. #############
 # ==== 7. Speed: for the compiler, and for one CUDA graph an update ====================================================
-
-
 def mish(x):
     """x tanh(softplus(x)); for the compiler x n / (n + 2), n = e^x (e^x + 2): one exponential, not three functions."""
     if not torch.compiler.is_compiling():
@@ -636,8 +616,6 @@ def use_device(args: Args):
 
 
 # ==== 8. Settings and rows: Tables 1, 2 and 4 =========================================================================
-
-
 class Domain(NamedTuple):
     """What the rows of a domain share: Table 4's settings, how their data are read and their episodes played."""
 
@@ -657,16 +635,12 @@ def sparse_reward(reward):
 
 TOY = dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000, eval_every=400)
 LIKELIHOOD = dict(loss="likelihood", clip_denoised=False)
+KITCHEN = dict(terminate_on_tasks_completed=True, remove_task_when_completed=True)
 DOMAINS = {
     "toy": Domain(TOY),
     "own": Domain({}),
     "gym": Domain(LIKELIHOOD | dict(num_steps=2_000_000, eval_episodes=10)),
-    "antmaze": Domain(
-        dict(eta=2.0, max_q_backup=True),
-        reward=sparse_reward,
-        goal_ends=True,
-        env=dict(continuing_task=False),
-    ),
+    "antmaze": Domain(dict(eta=2.0, max_q_backup=True), sparse_reward, goal_ends=True, env=dict(continuing_task=False)),
     "adroit": Domain(
         dict(lr=3e-5, eta=0.1, grad_norm=8.0),
         reward=lambda reward: (reward - reward.mean()) / (reward.std() or 1),
@@ -674,11 +648,7 @@ DOMAINS = {
         # Gymnasium-Robotics at df28ecdb8e, envs/adroit_hand/adroit_pen.py:105
         over=lambda state: len(state) > 26 and state[26] < 0.075,
     ),
-    "kitchen": Domain(
-        LIKELIHOOD | dict(eta=0.005, grad_norm=10.0),
-        part="observation",
-        env=dict(terminate_on_tasks_completed=True, remove_task_when_completed=True),
-    ),
+    "kitchen": Domain(LIKELIHOOD | dict(eta=0.005, grad_norm=10.0), part="observation", env=KITCHEN),
 }
 
 
@@ -739,25 +709,22 @@ ROWS["own"] = Row("own", None, None, None, 0.0, 100.0)
 
 def preset(env: str, variant: str = "paper", device: str = "") -> Args:
     """The paper's settings for `env`, on `device` or this machine's own."""
-    args = Args(env=env, **DOMAINS[ROWS[env].domain].settings)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fast = {} if device == "cpu" else dict(compile=True, precision="tf32")
+    args = Args(env=env, device=device, **DOMAINS[ROWS[env].domain].settings | fast)
     args.variant = variant  # not above, where Table 4's likelihood loss, which a user may replace, would be refused
     if variant == "debruijn":
         args.entropy_coef = 0.03  # chosen on the toy with 20% of good steps (entropy.md)
     if env == "antmaze-umaze-v0":  # the asterisk in Table 4
         args.max_q_backup = False
-    args.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device != "cpu":
-        args.compile = True
-        args.precision = "tf32"
     return args
 
 
 def check_settings(args: Args):
     """Raises ValueError where a number, or two settings together, cannot be used on any machine."""
-    released, T = args.variant == "released", args.num_diffusion_steps
-    least = dict(num_diffusion_steps=2 + released, seed=0, ema_start=0)  # the released entropy term needs t = 2 < T
-    least |= dict(lr=1e-12, critic_lr=1e-12, grad_norm=1e-12)
-    most = dict(q_time=T, discount=1, target_rate=1, ema_rate=1, seed=2**63 - 1)
+    least = dict(seed=0, ema_start=0, lr=1e-12, critic_lr=1e-12, grad_norm=1e-12)
+    least["num_diffusion_steps"] = 2 + (args.variant == "released")  # whose entropy term needs t = 2 < T
+    most = dict(q_time=args.num_diffusion_steps, discount=1, target_rate=1, ema_rate=1, seed=2**63 - 1)
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, int | float):
@@ -772,7 +739,6 @@ def check_settings(args: Args):
 
 
 # ==== 9. Data: episodes from any source, and from those a Task and a Batch ============================================
-
 D4RL_SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 HDF5 = ".hdf5", ".h5"  # endings of a D4RL file
 say = tqdm.write  # a line, above the progress bar if there is one
@@ -837,18 +803,15 @@ def hdf5_episodes(path: Path) -> list[minari.EpisodeData]:
 def read_data(args: Args):
     """The episodes of --dataset or of the row's own data: a list, or a Minari set, which knows its environment."""
     row = ROWS[args.env]
-    name = args.dataset or row.dataset
-    if name is None:
-        raise ValueError("its data are to be named by --dataset")
+    name = args.dataset or row.dataset or ""
     if row.domain == "toy":
-        share = re.fullmatch(r"toy-(\d\d?)", name)
-        if not share:
+        if not (share := re.fullmatch(r"toy-(\d\d?)", name)):
             raise ValueError("the toy's data are called toy-0 to toy-99")
         return toy_episodes(args.seed, int(share[1]) / 100)
     if name.endswith(HDF5):
         return hdf5_episodes(Path(os.path.expanduser(name)) if args.dataset else fetch_d4rl(name))
     if not re.search(r"-v\d+$", name):
-        raise ValueError("it is no .hdf5 file, nor a Minari id with its version, such as D4RL/pen/human-v2")
+        raise ValueError("--dataset must name an .hdf5 file, or a Minari id with its version, as D4RL/pen/human-v2")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
     folder = minari.storage.get_dataset_path()
     shared = os.access(folder, os.W_OK)
@@ -867,11 +830,9 @@ def fetch_d4rl(name: str) -> Path:
     folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")))
     if not (folder / name).exists():
         pooch.get_logger().setLevel("WARNING")
-        source = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=20)
         problem = f"{name} cannot be downloaded, fetch it by hand and save it in {folder}"
-        folder.mkdir(parents=True, exist_ok=True)
         with refusing(problem, Exception), filelock.FileLock(folder / f".{name}.lock"):
-            pooch.retrieve(D4RL_SERVER + name, None, name, folder, downloader=source)
+            pooch.retrieve(D4RL_SERVER + name, None, name, folder, progressbar=sys.stderr.isatty())
     return folder / name
 
 
@@ -925,14 +886,11 @@ def describe_env(args: Args, data=None) -> tuple[EnvSpec, dict]:
 
 def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
     """The maze to evaluate in: the spec's, mirrored if the data were recorded between mirrored walls (Minari 304)."""
-
-    def maze_of(spec):
-        return np.array(spec.kwargs.get("maze_map") or gym.spec(spec.id).kwargs["maze_map"], object)
-
     if recorded is None:
         raise ValueError("AntMaze's rows need a Minari set, as a file does not say in which maze it was recorded")
     with refusing("AntMaze's data must be recorded in a maze", KeyError, AttributeError, gym.error.Error):
-        maze, theirs = maze_of(spec), maze_of(recorded)
+        maps = [each.kwargs.get("maze_map") or gym.spec(each.id).kwargs["maze_map"] for each in (spec, recorded)]
+    maze, theirs = (np.array(each, object) for each in maps)
     for possible in (maze, maze[:, ::-1], maze[::-1]):
         if np.array_equal(possible == 1, theirs == 1):
             if possible is not maze:
@@ -970,13 +928,11 @@ def flatten(shapes, observation) -> np.ndarray:
     if isinstance(shapes, dict):
         if not isinstance(observation, dict) or not shapes.keys() <= observation.keys():
             raise ValueError(f"an observation lacks the parts {', '.join(shapes)}")
-        flat = [flatten(part, observation[key]) for key, part in shapes.items()]
-        return np.concatenate(flat, -1)
+        return np.concatenate([flatten(part, observation[key]) for key, part in shapes.items()], -1)
     if isinstance(observation, dict):
         raise ValueError(f"an observation has the parts {', '.join(observation)}, but is to be of the shape {shapes}")
     array = np.asarray(observation, np.float32)
-    leading = array.shape[: array.ndim - len(shapes)]
-    return array.reshape(*leading, -1)
+    return array.reshape(*array.shape[: array.ndim - len(shapes)], -1)
 
 
 @dataclasses.dataclass
@@ -1017,9 +973,8 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     spec, about = describe_env(args, data)
     state_dim, shape = size(about["layout"]), np.shape(about["low"])
     episodes, rewards, ended = [], [], []
-    damaged = f"an episode of {dataset_id} cannot be read (if the set is damaged or cut off, delete it)"
     for number in tqdm(range(len(data)), "reading episodes", delay=3, leave=False, disable=None):
-        with refusing(damaged, Exception):
+        with refusing(f"an episode of {dataset_id} cannot be read (if it is damaged or cut off, delete it)", Exception):
             episode = data[number]
         state = flatten(about["layout"], episode.observations)
         columns = episode.actions, episode.rewards, episode.terminations, episode.truncations
@@ -1066,31 +1021,19 @@ def load_data(args: Args) -> tuple[Task, Batch]:
     ref_min, ref_max = (float(known.get(f"{name}_score", getattr(row, name))) for name in ("ref_min", "ref_max"))
     if not ref_min < ref_max:
         raise ValueError(f"its reference scores are {ref_min} and {ref_max}, but must ascend")
-    task = Task(
-        domain=row.domain,
-        dataset_id=dataset_id,
-        transitions=len(action),
-        data_checksum=functools.reduce(lambda crc, column: zlib.crc32(column, crc), columns, 0),
-        data_episodes=len(own),
-        data_return=float(np.mean(own)),
-        spec=as_json(spec),
-        ref_min=ref_min,
-        ref_max=ref_max,
-        **about,
-    )
-    return task, Batch(*map(torch.as_tensor, columns))
+    about |= dict(domain=row.domain, dataset_id=dataset_id, spec=as_json(spec), ref_min=ref_min, ref_max=ref_max)
+    about |= dict(transitions=len(action), data_episodes=len(own), data_return=float(np.mean(own)))
+    about["data_checksum"] = functools.reduce(lambda crc, column: zlib.crc32(column, crc), columns, 0)
+    return Task(**about), Batch(*map(torch.as_tensor, columns))
 
 
 # ==== 10. Acting and evaluation =======================================================================================
-
-
 class Actor:
     """The policy as it acts: of `args.eval_candidates` samples, one drawn by softmax over their pessimistic value."""
 
     def __init__(self, agent: Agent, parts, low, high, dtype="float32"):
-        self.agent, self.layout = agent, parts
+        self.agent, self.layout, self.dtype = agent, parts, dtype
         self.low, self.high = np.array([low, high], float)  # the actions' bounds, in their shape
-        self.dtype = dtype
 
     @torch.no_grad()
     def __call__(self, observation, generator=None) -> np.ndarray:
@@ -1157,9 +1100,9 @@ def playing(task: Task, episodes: int, num_envs: int | None = None):
     main_process = os.getpid()
 
     def make():
-        if os.getpid() != main_process:  # in a worker: Ctrl-C is the main process's business
+        if os.getpid() != main_process:  # in a worker: signals are the main process's business, which ends it
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return OneEpisode(gym.make(EnvSpec.from_json(task.spec), disable_env_checker=True), task)
 
     makers = [make] * min(episodes, num_envs or 2 * torch.get_num_threads())
@@ -1171,7 +1114,7 @@ def playing(task: Task, episodes: int, num_envs: int | None = None):
             envs = gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
     try:
         yield envs
-        with contextlib.suppress(EOFError, ConnectionError):  # of a worker that a signal to all has ended first
+        with contextlib.suppress(EOFError, ConnectionError):  # of a worker that is gone, and no longer needed
             envs.close()
     except (EOFError, ConnectionError) as error:  # of a pipe whose other end is gone
         time.sleep(0.1)  # until it counts as dead
@@ -1219,27 +1162,20 @@ def evaluate(actor: Actor, envs, episodes: int, seed: int, stops=()) -> dict | N
 
 def summary(task: Task, result: dict) -> dict:
     """The evaluation's part of a row of metrics.csv: means and standard deviations over episodes."""
-    returns, scores = result["return"], task.score(result["return"])
-    success = result["success"]
-    return dict(
-        return_mean=float(returns.mean()),
-        return_std=float(returns.std()),
-        score_mean=float(scores.mean()),
-        score_std=float(scores.std()),
-        success=None if np.isnan(success).all() else float(np.nan_to_num(success).mean()),  # said by none, or by some
-        length=float(result["length"].mean()),
-    )
+    returns, scores, success = result["return"], task.score(result["return"]), result["success"]
+    row = dict(return_mean=returns.mean(), return_std=returns.std(), score_mean=scores.mean(), score_std=scores.std())
+    row |= dict(success=np.nan_to_num(success).mean(), length=result["length"].mean())
+    row = {name: float(value) for name, value in row.items()}
+    return row | dict(success=None) if np.isnan(success).all() else row  # said by none, or by some
 
 
 def in_words(row: dict) -> str:
     words = "score {score_mean:.1f} ± {score_std:.1f}, return {return_mean:.2f} ± {return_std:.2f}, length {length:.0f}"
-    if row["success"] is not None:
-        words += ", success {success:.0%}"
-    return words.format(**row)
+    success = "" if row["success"] is None else ", success {success:.0%}"
+    return (words + success).format(**row)
 
 
 # ==== 11. Training, and the folder that a run leaves ==================================================================
-
 FORMAT = 3  # of the files below
 ACTING = "policy", "critics_target"  # what a policy.pt has of an agent
 SAVE_EVERY = 600  # seconds after a checkpoint when the next reading of the losses saves again
@@ -1295,7 +1231,7 @@ def load_policy(path, device="cpu", **settings) -> Actor:
 def interruptible():
     """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates. A later signal ends the program.
 
-    The signal may reach a compiler or a worker too: what fails because of that ends the program without a traceback.
+    It may reach a compiler too: what fails because of that ends the program without a traceback.
     Python hands signals to its main thread alone: in another thread, as in a sweep's agent, the list stays empty.
     """
     stops, times = [], []
@@ -1311,8 +1247,6 @@ def interruptible():
     try:
         yield stops
     except Exception as error:
-        if isinstance(error, EOFError | ConnectionError):  # of a worker that is gone
-            time.sleep(1)  # a scheduler's signal to all processes may reach this one last
         if not stops or isinstance(error, FloatingPointError | UserError):  # of a loss, of a full disk
             raise
         say("stopped within a step: --resume goes on from what was saved before it")
@@ -1372,15 +1306,9 @@ class Run:
 
     def save(self):
         """The checkpoint: all that the rest of the run depends on."""
-        self.write(
-            "checkpoint.pt",
-            step=self.step,
-            seconds=time.monotonic() - self.began,
-            evaluations=self.evaluations,
-            totals=self.totals,
-            generator=self.generator.get_state(),
-            agent=self.agent.state_dict(),
-        )
+        state = dict(step=self.step, seconds=time.monotonic() - self.began, evaluations=self.evaluations)
+        state |= dict(totals=self.totals, generator=self.generator.get_state(), agent=self.agent.state_dict())
+        self.write("checkpoint.pt", **state)
         self.saved = time.monotonic()
 
     def restore(self):
@@ -1463,7 +1391,6 @@ def train(args: Args) -> int:
     with contextlib.ExitStack() as stack:
         envs = stack.enter_context(playing(task, args.eval_episodes))  # forked before the lock and the GPU are taken
         with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
-            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
         use_device(args)  # before the folder has a file
         with refusing("the networks and batches cannot be made: give smaller sizes", RuntimeError):
@@ -1537,7 +1464,6 @@ def draw_curve(file, run: Run):
 
 
 # ==== 12. The command line ============================================================================================
-
 # Settings that a resumed or evaluated run may change: but for rounding, what it learns does not depend on them.
 FREE = set("num_steps device compile precision dataset eval_env eval_every eval_episodes eval_candidates".split())
 FREE |= set("run_dir resume eval_only".split())
@@ -1559,13 +1485,11 @@ def parse(argv: list[str]) -> Args:
     """
     if any(re.fullmatch(r"(--[\w-]+=)?", word) for word in argv):
         raise UserError("an option has an empty value, of an unset variable perhaps: give it one, or leave it out")
-    words = [word for word in argv if word not in ("-h", "--help")]
-    unsaid = Start(env="own", device="")
-    start, _ = tyro.cli(Start, args=words, default=unsaid, prog="erdp.py", return_unknown_args=True)
-    named = start.env != "own" or start.dataset
-    said = "--env=own" in words or ("--env", "own") in zip(words, words[1:])
-    if start.env == "own" and not said and (start.dataset is None or re.fullmatch(r"toy-\d+", start.dataset)):
-        start.env = "toy"
+    options = dict(prog="erdp.py", return_unknown_args=True, add_help=False)
+    start, _ = tyro.cli(Start, args=argv, default=Start(device=""), **options)
+    named = start.env or start.dataset
+    own = start.dataset and not re.fullmatch(r"toy-\d+", start.dataset)
+    start.env = start.env or ("own" if own else "toy")
     default = preset(start.env, start.variant, start.device)
     path = Path(start.eval_only or run_folder(start) / "checkpoint.pt")
     begun = start.eval_only or (start.resume and path.exists())

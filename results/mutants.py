@@ -44,7 +44,7 @@ TESTS = {
     "eq16": ["critic_loss"],
     "eq17": ["lcb"],
     "eq28": ["MeanRevertingSDE.score"],
-    "entropy or debruijn": ["entropy_weights", "entropy_estimate"],
+    "entropy or debruijn": ["entropy_weights", "debruijn_entropy"],
     "algorithm1": ["Agent.__init__", "update", "optimizer_step", "soft_update", "noise_buffers", "sample_noise"],
     "mish": ["mish"],
     "noise_network": ["NoiseNetwork.__init__", "NoiseNetwork.forward"],
