@@ -19,7 +19,9 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -101,8 +103,10 @@ class Args(Start):
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # of a sweep, say; saved files hold plain numbers alone
+            if isinstance(value, np.generic):  # of a sweep, say; saved files hold plain values alone
                 setattr(self, name, value.item())
+            elif isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
         check_settings(self)
 
 
@@ -693,7 +697,8 @@ ROBOTS = {
     "hopper": ("Hopper-v4", 1000, -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1000, 1.629008, 4592.3),
 }
-ROWS = {"toy": Row("toy", "toy-5", "erdp:ToyEnv", 2, 0.0, 6.000080130594786)}  # 100: the best two of 2,001 steps each
+BEST = 6.000080130594786  # of two steps, each the best of 2,001
+ROWS = {"toy": Row("toy", "toy-5", f"{Path(__file__).stem}:ToyEnv", 2, 0.0, BEST)}
 for level in ("medium", "medium-replay", "medium-expert"):
     for robot, rule in ROBOTS.items():
         ROWS[f"{robot}-{level}-v2"] = Row("gym", f"{robot}_{level.replace('-', '_')}-v2.hdf5", *rule)
@@ -814,9 +819,9 @@ def read_data(args: Args):
         raise ValueError("--dataset must name an .hdf5 file, or a Minari id with its version, as D4RL/pen/human-v2")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
     folder = minari.storage.get_dataset_path()
-    shared = os.access(folder, os.W_OK)
-    lock = filelock.FileLock(folder / ".erdp.lock", mode=0o666) if shared else contextlib.nullcontext()
-    with lock:  # of many that start at once, one downloads and the others wait
+    with contextlib.ExitStack() as stack:  # of many that start at once, one downloads and the others wait
+        with contextlib.suppress(OSError):  # of a folder or a lock of others', where the data may well be
+            stack.enter_context(filelock.FileLock(folder / ".erdp.lock", mode=0o666))
         problem = f"{name} is in {folder}, but cannot be read (if it is damaged or cut off, delete it there)"
         if not (folder / name).exists():
             say(f"{name} is not in {folder}: looking for it on Minari's server")
@@ -870,6 +875,8 @@ def describe_env(args: Args, data=None) -> tuple[EnvSpec, dict]:
         spec.kwargs["maze_map"] = same_walls(spec, recorded)
     if any(wrapper.name.startswith("Normalize") for wrapper in spec.additional_wrappers):
         raise ValueError(f"{spec.id} has a wrapper with running statistics, which a policy's file cannot keep")
+    if name:  # wrappers that its entry point adds it will add again
+        spec.additional_wrappers = (name if isinstance(name, EnvSpec) else gym.spec(spec.id)).additional_wrappers
     if domain.part:
         if domain.part not in getattr(space, "spaces", ()):
             raise ValueError(f"{spec.id} observes {space}, without the part {domain.part!r} that its policies see")
@@ -902,7 +909,8 @@ def same_walls(spec: EnvSpec, recorded: EnvSpec | None) -> list:
 def say_differences(recorded: EnvSpec, spec: EnvSpec):
     """Says in one line where the environment of the evaluation differs from the data's."""
     about = [json.loads(as_json(each)) for each in (recorded, spec)]
-    theirs, ours = (dict(id=x["id"], max_episode_steps=x["max_episode_steps"]) | x["kwargs"] for x in about)
+    about = [x | dict(wrappers=[wrapper["name"] for wrapper in x["additional_wrappers"]]) for x in about]
+    theirs, ours = ({name: x[name] for name in ("id", "max_episode_steps", "wrappers")} | x["kwargs"] for x in about)
     pairs = {name: (theirs.get(name, "its default"), ours.get(name, "its default")) for name in theirs | ours}
     words = [f"{name} {str(a)[:30]} / {str(b)[:30]}" for name, (a, b) in pairs.items() if a != b]
     if words:
@@ -926,8 +934,8 @@ def size(shapes) -> int:
 def flatten(shapes, observation) -> np.ndarray:
     """Observations (..., *shape), or nested dicts of them, as (..., S) float32 in the order of the layout `shapes`."""
     if isinstance(shapes, dict):
-        if not isinstance(observation, dict) or not shapes.keys() <= observation.keys():
-            raise ValueError(f"an observation lacks the parts {', '.join(shapes)}")
+        if missing := sorted(shapes.keys() - (observation if isinstance(observation, dict) else {})):
+            raise ValueError(f"an observation lacks the parts {', '.join(missing)}")
         return np.concatenate([flatten(part, observation[key]) for key, part in shapes.items()], -1)
     if isinstance(observation, dict):
         raise ValueError(f"an observation has the parts {', '.join(observation)}, but is to be of the shape {shapes}")
@@ -1071,8 +1079,11 @@ class OneEpisode(gym.Wrapper):
         self.layout, self.over = task.layout, DOMAINS[task.domain].over
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size(task.layout),))
 
-    def reset(self, **kwargs):
-        observation, _ = self.env.reset(**kwargs)
+    def reset(self, *, seed=None, options=None):
+        if multiprocessing.parent_process():  # in a worker, for environments that draw from global generators
+            for make_known in (random.seed, np.random.seed, torch.manual_seed):
+                make_known(seed)
+        observation, _ = self.env.reset(seed=seed, options=options)
         self.state = flatten(self.layout, observation)
         self.so_far = {"return": 0.0, "success": np.nan, "length": 0, "ended": False}
         return self.state, {}
@@ -1103,16 +1114,22 @@ def playing(task: Task, episodes: int, num_envs: int | None = None):
         if os.getpid() != main_process:  # in a worker: signals are the main process's business, which ends it
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            torch.set_num_threads(1)  # a fork has no other threads, and an environment's torch would wait for them
         return OneEpisode(gym.make(EnvSpec.from_json(task.spec), disable_env_checker=True), task)
 
     makers = [make] * min(episodes, num_envs or 2 * torch.get_num_threads())
     with refusing("the evaluation's environments cannot be made, others can be named by --eval-env", Exception):
-        if task.domain == "toy":
+        if task.domain != "toy":
+            register_robots()
+        if task.domain == "toy" or multiprocessing.current_process().daemon:  # which may have no children
             envs = gym.vector.SyncVectorEnv(makers)
         else:  # on Linux by fork: a worker starts at once, and touches neither GPU nor threads
-            register_robots()
             envs = gym.vector.AsyncVectorEnv(makers, context="fork" if sys.platform == "linux" else None)
     try:
+        if task.domain != "toy":
+            with refusing("a step in the evaluation's environment fails, others can be named by --eval-env", Exception):
+                envs.reset(seed=0)
+                envs.step(envs.action_space.sample())
         yield envs
         with contextlib.suppress(EOFError, ConnectionError):  # of a worker that is gone, and no longer needed
             envs.close()
@@ -1184,7 +1201,7 @@ LOG_EVERY = 100  # updates between two readings of the losses
 
 def run_folder(args: Args) -> Path:
     name = args.dataset or "own" if args.env == "own" else args.env
-    default = f"runs/{name.replace('/', '-')}__{args.variant}__{args.seed}"
+    default = f"runs/{name.replace('/', '-').lstrip('.-')}__{args.variant}__{args.seed}"
     return Path(os.path.expanduser(args.run_dir or default))
 
 
@@ -1379,6 +1396,7 @@ def train(args: Args) -> int:
     """A run of Algorithm 1, from its start or its checkpoint to its end. Returns the exit status."""
     from torch.utils.tensorboard import SummaryWriter
 
+    args = dataclasses.replace(args)  # which checks what a caller has assigned
     folder = run_folder(args)
     result = folder / "result.json"
     if any(folder.glob("[!.]*")) and not args.resume:

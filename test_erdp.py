@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -1248,9 +1249,9 @@ def learned_on_the_toy(eta):
     small = dict(num_critics=2, hidden=32, num_diffusion_steps=3, batch_size=128, eval_candidates=1, eval_episodes=1)
     fast = dict(lr=2e-3, critic_lr=1e-2, target_rate=0.05, num_steps=800, eval_every=800)
     args = dataclasses.replace(erdp.preset("toy", device="cpu"), dataset="toy-20", **small, **fast)
-    args.eta = eta  # below 0, which the command line refuses, the policy loss has Q with the other sign
-    with tempfile.TemporaryDirectory() as folder:
-        args.run_dir = folder
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erdp, "check_settings", lambda args: None)
+        args.eta, args.run_dir = eta, folder  # below 0, which is refused, the policy loss has Q with the other sign
         assert erdp.train(args) == 0
         saved = checkpoint(Path(folder))
     agent = Agent(2, 1, args)
@@ -1419,6 +1420,16 @@ def test_settings_from_a_sweep_of_numpys_become_plain_numbers():
     assert torch.equal(target.weight, source.weight), "a whole number is a rate too"
 
 
+def test_settings_assigned_one_by_one_are_checked_and_make_files_that_can_be_read(tmp_path):
+    args = erdp.preset("toy", device="cpu")
+    vars(args).update(num_steps=2, eval_every=2, eval_episodes=1, run_dir=tmp_path / "run", lr=np.float64(1e-3))
+    assert erdp.train(args) == 0
+    assert erdp.load_file(tmp_path / "run" / "policy.pt")["args"].run_dir == str(tmp_path / "run")
+    args.q_time = 9
+    with pytest.raises(ValueError, match="--q-time is 9 but must be from 1 to 5"):
+        erdp.train(args)
+
+
 def test_presets_use_a_gpu_that_is_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert erdp.preset("own") == Args(env="own", device="cuda", compile=True, precision="tf32")
@@ -1568,13 +1579,14 @@ def test_data_of_an_environment_that_was_shown_are_evaluated_without_a_window():
     assert json.loads(erdp.as_json(spec))["kwargs"] == dict(size=2)
 
 
-def test_data_are_read_under_a_lock_but_in_a_folder_that_cannot_be_written(minari_root, monkeypatch):
+def test_data_are_read_under_a_lock_but_where_none_can_be_taken(minari_root, monkeypatch):
     dataset, lock = make_minari(made("Ledger")), MagicMock()
     monkeypatch.setattr(filelock, "FileLock", lock)
-    for writable in (True, False):
-        monkeypatch.setattr(os, "access", lambda *_, writable=writable: writable)
-        assert erdp.load_data(Args(env="own", dataset=dataset))[0].transitions == 8
-        assert lock.mock_calls[1:] == [call().__enter__(), call().__exit__(None, None, None)], "once, and for all of it"
+    assert erdp.load_data(Args(env="own", dataset=dataset))[0].transitions == 8
+    names = [name for name, *_ in lock.mock_calls]
+    assert names == ["", "().__enter__", "().__exit__"], "once, and for all of it"
+    monkeypatch.setattr(filelock, "FileLock", Mock(side_effect=PermissionError("the lock is another user's")))
+    assert erdp.load_data(Args(env="own", dataset=dataset))[0].transitions == 8
 
 
 MAZE = [[1, 1, 1, 1], [1, "r", 0, 1], [1, "g", 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
@@ -1810,6 +1822,40 @@ class Ledger(gym.Env):
         return self.observe(), np.array([reward]), ended and odd, ended and not odd, forms[odd]
 
 
+class OldReset(Ledger):
+    """As Gym had it."""
+
+    def reset(self):
+        return super().reset()
+
+
+class OldStep(Ledger):
+    """As Gym had it."""
+
+    def step(self, action):
+        return super().step(action)[:4]
+
+
+class Careless(Ledger):
+    """Its first reward is greater by what `more` returns; it ignores the seed of its episode but for the Ledger's."""
+
+    def __init__(self, more, **kwargs):
+        super().__init__(**kwargs)
+        self.more = {"random": random.random, "numpy": np.random.random, "torch": lambda: torch.rand(()).item()}[more]
+
+    def step(self, action):
+        state, reward, *others = super().step(action)
+        return state, reward + self.more() * (len(self.record["rewards"]) == 1), *others
+
+
+class Learned(Ledger):
+    """Its reward might come from a network."""
+
+    def reset(self, **kwargs):
+        assert torch.get_num_threads() == 1 and (torch.ones(500, 500) @ torch.ones(500, 500)).sum() == 500**3
+        return super().reset(**kwargs)
+
+
 class Gambler:
     """Acts by its streams and the clock alone."""
 
@@ -1824,11 +1870,11 @@ class Gambler:
 LAYOUT = dict(goal=[1], me=dict(clock=[1], place=[2]))
 
 
-def score(actor, episodes=9, num_envs=None, seed=5, domain="toy", **kwargs) -> dict:
+def score(actor, episodes=9, num_envs=None, seed=5, domain="toy", env="Ledger", **kwargs) -> dict:
     """An evaluation in Ledgers: the toy's domain plays in this process, others in worker processes."""
     Ledger.played.clear()
     about = dict(domain=domain, dataset_id="made/data-v0", transitions=8, data_checksum=0, data_episodes=2)
-    about |= dict(data_return=1.5, spec=made("Ledger", 1000, **kwargs).to_json(), layout=LAYOUT, dtype="float32")
+    about |= dict(data_return=1.5, spec=made(env, 1000, **kwargs).to_json(), layout=LAYOUT, dtype="float32")
     task = erdp.Task(low=[-1, 0], high=[3, 0.5], ref_min=2, ref_max=12, **about)
     with erdp.playing(task, episodes, num_envs) as envs:
         return erdp.evaluate(actor, envs, episodes, seed)
@@ -1854,15 +1900,39 @@ def test_evaluation_plays_every_episode_once_and_to_its_end(monkeypatch):
     assert score(Gambler())["length"].tolist() == np.minimum(lengths, 3).tolist(), "D4RL's own end of an episode"
 
 
-def test_evaluation_in_a_child_process_leaves_its_signals_alone():
-    def child():
-        score(Gambler())
-        os._exit(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+def test_evaluation_in_a_child_process_leaves_its_signals_alone_and_needs_no_children():
+    """A process of a multiprocessing.Pool may have none."""
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+    def child():
+        result = score(Gambler(), domain="gym")
+        os._exit(result["return"].tolist() != expected or signal.getsignal(signal.SIGINT) is signal.SIG_IGN)
+
+    expected = score(Gambler())["return"].tolist()
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("generator", ["random", "numpy", "torch"])
+def test_evaluation_in_workers_is_repeated_also_where_an_environment_draws_from_a_global_generator(generator):
+    sure, *found = (
+        score(Gambler(), num_envs=num_envs, domain="gym", **more)["return"]
+        for num_envs, more in ((3, {}), *[(n, dict(env="Careless", more=generator)) for n in (3, 2)])
+    )
+    agree("whichever environment plays an episode", found[0], found[1], rtol=0, atol=0)
+    assert len(set((found[0] - sure).round(9))) == 9, "no two episodes draw the same"
+
+
+def test_evaluation_in_workers_of_an_environment_with_a_network_after_this_process_had_threads():
+    """Torch's threads do not survive a fork: a worker that wanted them would wait for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(500, 500) @ torch.ones(500, 500)
+        score(Gambler(), episodes=2, domain="gym", env="Learned")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_evaluation_does_not_depend_on_how_many_environments_step_together():
@@ -1905,7 +1975,7 @@ def test_actor_with_one_generator_repeats_itself_and_with_none_does_not():
     assert np.array_equal(first, again) and not np.array_equal(first, other)
     assert len(np.unique(first[:, 0])) > 9, "equal states do not share their noise"
     assert not np.array_equal(actor(many), actor(many)), "without a generator every call is another draw"
-    for bad, words in ((dict(a=np.zeros(1)), "lacks the parts a, b"), (np.zeros((3, 1)), "states have 3 numbers")):
+    for bad, words in ((dict(a=np.zeros(1)), "lacks the parts b$"), (np.zeros((3, 1)), "states have 3 numbers")):
         with pytest.raises(ValueError, match=words):
             actor(bad)
 
@@ -2291,6 +2361,7 @@ def test_runs_are_at_work_in_their_folder_alone(refused, unfinished):
     args = Args(env="own", dataset="mine/a-v0", variant="released", seed=3)
     assert erdp.run_folder(args) == Path("runs/mine-a-v0__released__3")
     assert erdp.run_folder(Args(env="toy", dataset="toy-20")) == Path("runs/toy__paper__0")
+    assert erdp.run_folder(Args(env="own", dataset="../a/b.hdf5")).name == "a-b.hdf5__paper__0", "not a hidden folder"
 
 
 def test_eval_only_scores_a_policy_as_it_was_trained_unless_told_otherwise_and_writes_nothing(finished, capsys):
@@ -2408,6 +2479,25 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(minari_root, tmp_
         capsys.readouterr()
         erdp.load_data(Args(env="own", dataset=named, eval_env=eval_env))
         assert capsys.readouterr().out == f"the data were recorded / are evaluated with {words}\n"
+    twice = gym.wrappers.RescaleAction.wrapper_spec(min_action=-1.0, max_action=1.0)
+    rescaled = make_minari(dataclasses.replace(env, additional_wrappers=(twice,)), name="made/rescaled-v0")
+    erdp.load_data(Args(env="own", dataset=rescaled, eval_env="Ledger-v7"))
+    assert "max_episode_steps 9 / 3, wrappers ['RescaleAction'] / []\n" in capsys.readouterr().out
+
+
+def rewarded() -> gym.Env:
+    """An environment in a wrapper whose argument no file can keep."""
+    return gym.wrappers.TransformReward(Ledger(), lambda reward: reward + 100)
+
+
+def test_run_in_an_environment_whose_entry_point_adds_wrappers(minari_root):
+    dataset, returns = make_minari(made("Ledger", 9)), []
+    for name in ("Ledger", "rewarded"):
+        task, _ = erdp.load_data(Args(env="own", dataset=dataset, eval_env=f"{__name__}:{name}"))
+        with erdp.playing(task, 4) as envs:
+            played = erdp.evaluate(Gambler(), envs, 4, seed=5)
+        returns.append(played["return"])
+    agree("its reward", returns[1], returns[0] + 100 * played["length"])
 
 
 def test_eval_only_plays_in_another_environment_if_its_spaces_are_the_policys(
@@ -2471,14 +2561,16 @@ def test_run_in_another_thread_than_the_main_one_as_in_a_sweep(minari_root, tmp_
     assert statuses == [0] and stands(tmp_path / "run") == (4, [2, 4])
 
 
-def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, capfd):
+def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, monkeypatch, capfd):
     """It dies within a step of the second evaluation."""
     folder, doom = tmp_path / "run", tmp_path / "doom"
     argv = ["--dataset", make_minari(made("Ledger", doom=str(doom)))]
     assert learn(folder, *argv, "--num-steps", "2") == 0
-    doom.touch()
     capfd.readouterr()
-    assert learn(folder, *argv, "--resume") == 2
+    with monkeypatch.context() as patch:
+        update = erdp.update
+        patch.setattr(erdp, "update", lambda *given: doom.touch() or update(*given))
+        assert learn(folder, *argv, "--resume") == 2
     assert re.fullmatch("erdp: a process of the evaluation has died.*--resume.*\n", capfd.readouterr().err)
     assert multiprocessing.active_children() == [] and stands(folder) == (4, [2])
     doom.unlink()
@@ -2655,6 +2747,11 @@ BAD = {  # arguments, or what makes the data that they name; and words that the 
     "bounds without width": (minari_set(made("Ledger", low=[-1, 1], high=[1, 1])), ["0 < high - low"]),
     "huge bounds": (minari_set(made("Ledger", low=[-5e5] * 2, high=[5e5] * 2)), ["high - low < 1e6"]),
     "evaluation: it cannot be made": (minari_set(eval_env=made("Nowhere")), ["cannot be made"]),
+    "evaluation: it cannot be reset": (minari_set(eval_env=made("OldReset")), ["a step in", "fails", "'seed'"]),
+    "evaluation: it cannot make a step": (
+        minari_set(eval_env=made("OldStep")),
+        ["a step in", "fails", "values to unpack"],
+    ),
     "another row's data: Kitchen": (minari_set(row="kitchen-complete-v0"), ["cannot be made"]),
 }
 

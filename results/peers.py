@@ -135,8 +135,9 @@ def descend(loss, optimizer):
 def run(args) -> dict:
     """Trains a peer and plays its episodes. Returns its line of peers.jsonl. Raises UserError."""
     words = ["--env", args.env, "--seed", str(args.seed), "--device", "cpu"]
+    words += ["--dataset", args.dataset] * bool(args.dataset) + ["--eval-env", args.eval_env] * bool(args.eval_env)
     with erdp.refusing(f"{args.dataset or args.env} cannot be learned from"):
-        task, data = erdp.load_data(erdp.parse(words + ["--dataset", args.dataset] * bool(args.dataset)))
+        task, data = erdp.load_data(erdp.parse(words))
     torch.manual_seed(args.seed)
     policy = Policy(data.state, task)
     options = dict(sparse=True) if (args.peer, task.domain) == ("iql", "antmaze") else {}
@@ -157,6 +158,7 @@ def main(argv=None):
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--env", choices=erdp.ROWS, default="own", help="a row of the paper's tables")
     parser.add_argument("--dataset", help="data in place of the row's own")
+    parser.add_argument("--eval-env", help="an environment in place of the row's or the data's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60_000, help="updates")
     parser.add_argument("--episodes", type=int, default=60)
