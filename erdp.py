@@ -1111,9 +1111,9 @@ def playing(task: Task, episodes: int, num_envs: int | None = None):
     main_process = os.getpid()
 
     def make():
-        if os.getpid() != main_process:  # in a worker: signals are the main process's business, which ends it
+        if os.getpid() != main_process:  # in a worker: Ctrl-C is the main process's business
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             torch.set_num_threads(1)  # a fork has no other threads, and an environment's torch would wait for them
         return OneEpisode(gym.make(EnvSpec.from_json(task.spec), disable_env_checker=True), task)
 
@@ -1131,7 +1131,7 @@ def playing(task: Task, episodes: int, num_envs: int | None = None):
                 envs.reset(seed=0)
                 envs.step(envs.action_space.sample())
         yield envs
-        with contextlib.suppress(EOFError, ConnectionError):  # of a worker that is gone, and no longer needed
+        with contextlib.suppress(EOFError, ConnectionError):  # of a worker that a signal to all has ended first
             envs.close()
     except (EOFError, ConnectionError) as error:  # of a pipe whose other end is gone
         time.sleep(0.1)  # until it counts as dead
@@ -1248,7 +1248,7 @@ def load_policy(path, device="cpu", **settings) -> Actor:
 def interruptible():
     """Yields a list that SIGINT or SIGTERM fills, to be looked at between updates. A later signal ends the program.
 
-    It may reach a compiler too: what fails because of that ends the program without a traceback.
+    The signal may reach a compiler or a worker too: what fails because of that ends the program without a traceback.
     Python hands signals to its main thread alone: in another thread, as in a sweep's agent, the list stays empty.
     """
     stops, times = [], []
@@ -1264,6 +1264,8 @@ def interruptible():
     try:
         yield stops
     except Exception as error:
+        if isinstance(error, EOFError | ConnectionError):  # of a worker that is gone
+            time.sleep(1)  # a scheduler's signal to all processes may reach this one last
         if not stops or isinstance(error, FloatingPointError | UserError):  # of a loss, of a full disk
             raise
         say("stopped within a step: --resume goes on from what was saved before it")
