@@ -130,13 +130,13 @@ def shares_of(toy) -> list[int]:
     return sorted({share for share, _ in toy}, reverse=True)
 
 
-def figure1(groups: list[Group], out: Path):
-    """figure1.md, figure1.png (its three panels) and figure1-shares.png, from the toy runs."""
+def figure1(groups: list[Group], out: Path, bare: bool):
+    """figure1.md (of `fill`), figure1.png (its three panels) and figure1-shares.png, from the toy runs."""
     toy = toy_groups(groups)
     if toy:
         draw_panels(out / "figure1.png", toy)
         draw_shares(out / "figure1-shares.png", toy)
-        fill("figure1.md", out, arms=arms_table(toy), pairs=pairs_table(toy))
+        fill("figure1.md", out, bare, arms=arms_table(toy), pairs=pairs_table(toy))
 
 
 # ==== 3. Pictures =====================================================================================================

@@ -18,9 +18,15 @@ def table(header, rows) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def fill(page: str, out: Path, **made: str):
-    """Writes out/page: the text of that page here, with the paragraph or table below each `<!-- name -->` made anew."""
+def fill(page: str, out: Path, bare: bool = False, **made: str):
+    """Writes out/page: the text of that page here, with the paragraph or table below each `<!-- name -->` made anew.
+
+    `bare` keeps of that text the headings and pictures alone, for other runs than those of which the rest speaks.
+    """
     text = (RESULTS / page).read_text()
+    if bare:
+        title, *blocks = (block for block in text.split("\n\n") if block.startswith(("#", "<!-- ", "![")))
+        text = "\n\n".join([title, f"`results/{page}` says what the columns mean.", *blocks, ""])
     for name, paragraph in made.items():
         before, marker, after = text.partition(f"<!-- {name} -->\n")
         assert marker, f"{page} has no place <!-- {name} -->"

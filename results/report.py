@@ -144,6 +144,7 @@ def draw_curves(path: Path, panels: dict[str, dict[str, Group]]):
 def report(runs: list[Run], folders: list[Path], out: Path):
     """All tables and pictures, into the folder `out`."""
     out.mkdir(exist_ok=True)
+    bare = folders != [RESULTS]
     groups = group_runs(runs)
     robots = [group for group in groups if group.env != "toy"]
     panels = panels_of(robots)
@@ -152,12 +153,13 @@ def report(runs: list[Run], folders: list[Path], out: Path):
     fill(
         "tables.md",
         out,
+        bare,
         scores=scores_table(robots),
         cloning=cloning_table(robots),
         curves="![Learning curves](curves.png)" if panels else "There are none yet.",
         peers=peers_table(folders),
     )
-    figure1(groups, out)
+    figure1(groups, out, bare)
     print(f"{sum(len(group.runs) for group in groups)} finished runs: see {out}")
     for run in runs:
         if not run.result:

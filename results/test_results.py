@@ -189,7 +189,9 @@ def test_report_keeps_runs_and_makes_the_same_pages_of_them(tmp_path, monkeypatc
     for _ in range(2):  # a second time changes nothing
         assert report.main([str(tmp_path / "runs"), "--publish"]) == 0
         assert [run.name for run in runs.read_records()] == ["a0", "a1", "a2"]
-    assert written(tmp_path / "runs") == (kept / "tables.md").read_text()
+    theirs, ours = written(tmp_path / "runs"), (kept / "tables.md").read_text()
+    assert section(theirs, "Scores") == section(ours, "Scores") and len(section(ours, "Scores")) == 1
+    assert "pointmaze" in ours and "pointmaze" not in theirs, "what is said of the runs kept here is not said of others"
     record(tmp_path / "others" / "b", seed=2, scores=[5.0, 6.0])
     record(tmp_path / "others" / "smoke", seed=9, num_steps=3000)
     assert report.main([str(tmp_path / "others"), "--publish"]) == 0
@@ -215,6 +217,7 @@ def test_figure1_compares_seed_by_seed_and_names_other_settings(tmp_path):
             record(tmp_path / f"{name}{seed}", "toy", [1.0, float(final)], **settings)
     record(tmp_path / "short", "toy", [50.0], dataset="toy-20", num_steps=200)
     text = written(tmp_path, "figure1.md")
+    assert "critics helps" in (runs.RESULTS / "figure1.md").read_text() and "critics helps" not in text, "of other runs"
     pairs = {(line[0], line[1]): line[2:] for line in section(text, "Policies held against each other")}
     gain, mean, p, better, _, each = pairs["10%", "ensemble against plain Q"]
     assert gain == "**+2.2 [+2.0, +2.4]**" and mean == "**+2.2 [+2.0, +2.4]**", "2 and 2.4, by four seeds each"
