@@ -1340,7 +1340,7 @@ class Run:
         there = saved["args"].device
         if torch.device(there).type != self.generator.device.type:
             raise UserError(f"{path} was made on {there}, and goes on there alone; --eval-only evaluates it anywhere")
-        with refusing(f"{path} is no checkpoint, or damaged", KeyError, RuntimeError):
+        with refusing(f"{path} is damaged, or of a program that was changed", KeyError, RuntimeError):
             self.agent.load_state_dict(saved["agent"])
             self.generator.set_state(saved["generator"])
             self.totals.copy_(saved["totals"])
@@ -1406,11 +1406,14 @@ def train(args: Args) -> int:
     if result.exists() and json.loads(result.read_text())["steps"] >= args.num_steps:
         say(f"{folder} is finished")
         return 0
+    if (folder / "metrics.csv").exists() and not (folder / "checkpoint.pt").exists():
+        raise UserError(f"{folder} has results, but no checkpoint.pt to go on from: give another --run-dir")
     with refusing(f"{args.dataset or args.env} cannot be learned from"):
         task, data = load_data(args)
     with contextlib.ExitStack() as stack:
         envs = stack.enter_context(playing(task, args.eval_episodes))  # forked before the lock and the GPU are taken
-        with refusing(f"{folder} cannot be used, or another process is at work there: give another --run-dir"):
+        busy = "or another process is at work there (if none is, delete its .lock): give another --run-dir"
+        with refusing(f"{folder} cannot be used, {busy}"):
             stack.enter_context(filelock.FileLock(folder / ".lock", timeout=0))
         use_device(args)  # before the folder has a file
         with refusing("the networks and batches cannot be made: give smaller sizes", RuntimeError):

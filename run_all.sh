@@ -8,9 +8,11 @@
 #
 # SIZE: full; quick, a small version; toy-sweep, Figure 1's policies at four shares of good steps; or a row of the
 # paper's tables, which has five seeds. A run that was cut off goes on, a finished one is left alone, one that fails does
-# not stop the rest. Ctrl-C or SIGTERM lets the runs save their checkpoints, a later second one ends them at once. PYTHON
-# is the interpreter (python), RUNS the runs' folder (runs; quick's are in RUNS/quick), ERDP_DATA a folder of stand-in
-# data for quick, OMP_NUM_THREADS the threads of a run (the cores, divided by J); relative paths start here.
+# not stop the rest. Ctrl-C or SIGTERM lets the runs save their checkpoints, a later second one ends them at once.
+#
+# PYTHON is the interpreter (python), RUNS the runs' folder (runs/all; quick's are in RUNS-quick), ERDP_DATA a folder of
+# stand-in data for quick, OMP_NUM_THREADS the threads of a run (the cores, divided by J); relative paths start here.
+# Keep runs that you start by hand out of RUNS: what is there is gone on with, or finished, with the settings it has.
 set -u
 
 declare -A arms=(
@@ -92,8 +94,8 @@ jobs=1 action=all n=1 number='^[1-9][0-9]{0,5}$' data=""
 size=${1:-full}
 [[ $# -le 1 && " full quick toy-sweep ${rows[*]} " == *" $size "* ]] || die "'$*' is not understood: see its first lines"
 [[ $jobs =~ $number && $n =~ $number ]] || die "--jobs '$jobs' and task '$n' must be numbers from 1 on"
-python=${PYTHON:-python} runs=${RUNS:-runs}
-[[ $size != quick ]] || runs+=/quick
+python=${PYTHON:-python} runs=${RUNS:-runs/all} # which no run has by default
+[[ $size != quick ]] || runs+=-quick
 mapfile -t lines < <(commands)
 [[ $action != list ]] || { printf '%s\n' "${lines[@]#*$'\t'}" && exit; }
 command -v "$python" >/dev/null || die "'$python' is not there: set PYTHON to a Python interpreter"

@@ -563,7 +563,10 @@ SIZES |= dict(schedule=st.sampled_from(SCHEDULES), q_time=st.integers(1, 3) | st
 WEIGHTINGS = dict(entropy_coef=st.floats(0, 2), eta=st.floats(0, 3), lcb_coef=st.floats(0, 5))
 
 
-@given(st.sampled_from(OPTIONS), st.floats(1e-3, 1e3), st.integers(0, 99))
+SCALING = [options for options in OPTIONS if options["pessimism"] in ("lcb", "min")]  # values that scale with Q
+
+
+@given(st.sampled_from(SCALING), st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_eq12_q_terms_gradient_does_not_change_with_the_scale_of_q(options, c, seed):
     p = problem(seed, entropy_coef=0.0, **options)
     gradient = p.gradient(critics=lambda *given, **flags: c * p.critics(*given, **flags), q_data=c * p.q_data)
@@ -962,6 +965,8 @@ def test_ensemble_has_the_papers_sizes_and_the_released_initialisation():
         law = scipy.stats.uniform(-1 / 16, 1 / 8)
         assert_law("hidden weights, the first layer's too", weight, law, sees=0.03, comparisons=5)
     assert all((bias == 0.1).all() for bias in critics.biases[:3]), "hidden biases are 0.1"
+    for weight in QEnsemble(40, 2, 8, 16).weights[:3]:
+        assert 0.24 < weight.abs().max() <= 0.25, "of another width, hidden weights within 1 / sqrt(width)"
     last = scipy.stats.uniform(-3e-3, 6e-3)
     assert_law("last weights", critics.weights[3], last, sees=0.13, comparisons=5)
     assert_law("last biases", QEnsemble(1, 1, 1000, 4).biases[3], last, sees=0.18, comparisons=5)
@@ -1380,6 +1385,8 @@ def test_tables_1_and_2_have_these_rows_by_d4rls_rules():
     for env, row in erdp.ROWS.items():
         assert row.domain in erdp.DOMAINS and row.ref_min < row.ref_max, env
         assert erdp.preset(env).env == env, "its domain's settings are there"
+    of_figure1 = dict(lr=1e-3, critic_lr=2e-3, hidden=64, eta=3.0, num_critics=8, batch_size=64, num_steps=4000)
+    assert erdp.DOMAINS["toy"].settings == of_figure1 | dict(eval_every=400), "those of the runs in runs.jsonl"
 
 
 def test_table_4_is_the_preset_of_every_row(monkeypatch):
@@ -1776,7 +1783,10 @@ def test_toy_data_is_unbalanced_and_follows_the_environment():
         actions = np.concatenate([each.actions for each in itertools.chain(*episodes)])  # (40960, 1)
         good, rest = norm.cdf(x, 0.5, 0.4), norm.cdf(x, -0.3, 0.4)
         law = f"N(0.5, 0.4^2) in {share}% of the steps, N(-0.3, 0.4^2) in the rest"
-        assert_mean(law, actions <= x, share / 100 * good + (1 - share / 100) * rest, sees=0.03, comparisons=3)
+        assert_mean(law, actions <= x, share / 100 * good + (1 - share / 100) * rest, sees=0.03, comparisons=6)
+        first, last = actions.reshape(-1, 2).T
+        products = (first - first.mean()) * (last - last.mean())
+        assert_mean("each step's mean and noise are its own", products, 0.0, sees=0.03, comparisons=6)
     assert erdp.ROWS["toy"].ref_max == pytest.approx(toy_best(), rel=1e-4)
 
 
@@ -2837,6 +2847,9 @@ def test_bad_resume_where_nothing_is_says_so_and_starts_anew_where_told_what(ref
     assert run(tmp_path / "other", "--num-steps", "1") == 0, "such a file is nothing to be kept"
     assert run(tmp_path / "run", "--resume", "--env", "toy") == 0
     assert_same("begun by --resume", outcome(tmp_path / "run"), outcome(finished))
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # to save room, perhaps
+    argv = [*RUN.split(), "--env", "toy", "--num-steps", "20", "--resume"]
+    refused(argv, "has results, but no checkpoint.pt", folder=tmp_path / "run")
 
 
 def test_bad_resume_on_other_data_or_another_kind_of_device_is_refused(refused, unfinished):

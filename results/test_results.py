@@ -561,10 +561,10 @@ def test_run_all_runs_what_it_lists_then_the_report_and_names_what_failed(tmp_pa
     assert [line.split()[5] for line in lines] == [*"01234"]
     status, out, _, calls = done(tmp_path, "--jobs", "3", "pen-human-v1", BROKEN="__[03]")
     assert status == 1 and sorted(calls[:-1]) == [line.removeprefix("./fake ") for line in lines]
-    assert calls[-1] == "results/report.py runs"
-    failed = [f"pen-human-v1__paper__{seed} failed: see runs/pen-human-v1__paper__{seed}.log" for seed in (0, 3)]
+    assert calls[-1] == "results/report.py runs/all"
+    failed = [f"pen-human-v1__paper__{seed} failed: see runs/all/pen-human-v1__paper__{seed}.log" for seed in (0, 3)]
     assert out.splitlines()[-2:] == failed
-    assert (tmp_path / "runs" / "pen-human-v1__paper__0.log").read_text() == "erdp: it is broken\n"
+    assert (tmp_path / "runs" / "all" / "pen-human-v1__paper__0.log").read_text() == "erdp: it is broken\n"
     assert done(tmp_path, "pen-human-v1")[0] == 0
     status, out, _, calls = done(tmp_path, "task", "2", "pen-human-v1", BROKEN="__1")
     assert (status, out, len(calls)) == (1, "erdp: it is broken\n", 1), "the run in place of the script"
@@ -573,12 +573,12 @@ def test_run_all_runs_what_it_lists_then_the_report_and_names_what_failed(tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_run_all_stops_its_runs_with_a_checkpoint_and_goes_on_later(tmp_path, number):
     child, deadline = run_all(tmp_path, "--jobs", "2", "pen-human-v1", SLOW="."), time.monotonic() + 100
-    while len(list((tmp_path / "runs").glob("*/config.json"))) < 2:
+    while len(list((tmp_path / "runs" / "all").glob("*/config.json"))) < 2:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(child.pid, number)  # as Ctrl-C to the terminal's process group
     assert child.wait(timeout=100) == 130, child.communicate()
-    assert len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2, "it ends after its runs"
+    assert len(list((tmp_path / "runs" / "all").glob("*/checkpoint.pt"))) == 2, "it ends after its runs"
     assert len((tmp_path / "calls").read_text().splitlines()) == 2, "nothing else was started"
     assert done(tmp_path, "pen-human-v1")[0] == 0
     child.communicate()
