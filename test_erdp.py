@@ -2973,6 +2973,10 @@ def test_readmes_own_environment_is_recorded_learned_and_acted_in_as_printed(tmp
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     assert abs(float(done.stdout.strip("[]\n"))) <= 1, "it prints an action"
+    (tmp_path / "erdp.py").rename(tmp_path / "own-method.py")
+    command = "python own-method.py --num-steps 1 --eval-episodes 1 --device cpu"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"a copy of another name: {done.stderr}"
 
 
 # ==== What a CUDA graph of `update` needs, without a GPU ==============================================================
