@@ -2497,7 +2497,8 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(minari_root, tmp_
         erdp.load_data(Args(env="own", dataset=named, eval_env=eval_env))
         assert capsys.readouterr().out == f"the data were recorded / are evaluated with {words}\n"
     twice = gym.wrappers.RescaleAction.wrapper_spec(min_action=-1.0, max_action=1.0)
-    rescaled = make_minari(dataclasses.replace(env, additional_wrappers=(twice,)), name="made/rescaled-v0")
+    wrapped = dataclasses.replace(env, additional_wrappers=(twice,))
+    rescaled = make_minari(wrapped, random_episodes(env), name="made/rescaled-v0")
     erdp.load_data(Args(env="own", dataset=rescaled, eval_env="Ledger-v7"))
     assert "max_episode_steps 9 / 3, wrappers ['RescaleAction'] / []\n" in capsys.readouterr().out
 
@@ -2607,7 +2608,11 @@ def test_run_stopped_between_two_steps_needs_no_worker_to_end(minari_root, tmp_p
         sigterm()
         return result
 
-    monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step", last_step)
+    def update(*given, update=erdp.update):  # not before it: the first step of all is a trial
+        monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step", last_step)
+        return update(*given)
+
+    monkeypatch.setattr(erdp, "update", update)
     assert learn(folder, *argv) == 143
     said = capfd.readouterr()
     assert said.err == "" and "stopped at update 2" in said.out and multiprocessing.active_children() == []
