@@ -190,11 +190,18 @@ def unplanned(scores: dict, curves: dict, acting: dict) -> str:
 def explored(scores: dict, acting: dict) -> str:
     """The exploratory arms whose runs are all there, below the study's on the same seeds."""
     rows, n = [], len(FEWER)
+    plain = {arm: acting[arm, 1] for arm in scores}
+    columns = {
+        "score less that of all times": (scores, "all"),
+        "plain sample less that of all times": (plain, "all"),
+        "plain sample less that of cloning": (plain, "cloning"),
+    }
     for arm, name in (ARMS | EXPLORED).items():
         if arm in scores:
-            less = "" if arm == "all" else DIFFERENCE.format(**paired(scores[arm][:n], scores["all"][:n]))
-            rows.append([name, *means(scores, acting, arm, n), less])
-    return table(["arm", *COLUMNS, "score less that of all times"], rows)
+            pairs = [(values[arm][:n], values[other][:n], arm == other) for values, other in columns.values()]
+            less = ["" if same else DIFFERENCE.format(**paired(a, b)) for a, b, same in pairs]
+            rows.append([name, *means(scores, acting, arm, n), *less])
+    return table(["arm", *COLUMNS, *columns], rows)
 
 
 # ==== 2. Pictures =====================================================================================================
