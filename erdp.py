@@ -817,7 +817,7 @@ def read_data(args: Args):
         return hdf5_episodes(Path(os.path.expanduser(name)) if args.dataset else fetch_d4rl(name))
     if not re.search(r"-v\d+$", name):
         raise ValueError("--dataset must name an .hdf5 file, or a Minari id with its version, as D4RL/pen/human-v2")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no word of each of its attempts
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # no word of each of its attempts
     folder = minari.storage.get_dataset_path()
     with contextlib.ExitStack() as stack:  # of many that start at once, one downloads and the others wait
         with contextlib.suppress(OSError):  # of a folder or a lock of others', where the data may well be
