@@ -1926,12 +1926,11 @@ def test_evaluation_in_a_child_process_leaves_its_signals_alone_and_needs_no_chi
 
 @pytest.mark.parametrize("generator", ["random", "numpy", "torch"])
 def test_evaluation_in_workers_is_repeated_also_where_an_environment_draws_from_a_global_generator(generator):
-    sure, *found = (
-        score(Gambler(), num_envs=num_envs, domain="gym", **more)["return"]
-        for num_envs, more in ((3, {}), *[(n, dict(env="Careless", more=generator)) for n in (3, 2)])
-    )
-    agree("whichever environment plays an episode", found[0], found[1], rtol=0, atol=0)
-    assert len(set((found[0] - sure).round(9))) == 9, "no two episodes draw the same"
+    careless = dict(domain="gym", env="Careless", more=generator)
+    three, two = (score(Gambler(), num_envs=num_envs, **careless)["return"] for num_envs in (3, 2))
+    agree("whichever environment plays an episode", three, two, rtol=0, atol=0)
+    drawn = three - score(Gambler())["return"]
+    assert len(set(drawn.round(9))) == 9, "no two episodes draw the same"
 
 
 def test_evaluation_in_workers_of_an_environment_with_a_network_after_this_process_had_threads():
@@ -2198,7 +2197,7 @@ other_pipe = Mock(side_effect=BrokenPipeError("of another pipe"))
 PLACES = {"update": (erdp, "update"), "act": (erdp.Actor, "__call__"), "save": (torch, "save")}
 
 
-def cut(folder, place, number, how, *more) -> int:
+def cut(folder, place, number, how, *more, settings=RUN) -> int:
     """The status of a run in which something happens at the call `number` of a place; None if that kills it."""
     function, calls = getattr(*PLACES[place]), itertools.count(1)
 
@@ -2213,7 +2212,7 @@ def cut(folder, place, number, how, *more) -> int:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(pytest.fail.Exception):
         patch.setattr(*PLACES[place], disturbed)
         try:
-            return run(folder, *more)
+            return run(folder, *more, settings=settings)
         except SystemExit as stop:  # within a step
             return stop.code
 
@@ -2501,6 +2500,9 @@ def test_run_in_an_environment_that_the_data_set_does_not_name(minari_root, tmp_
     rescaled = make_minari(wrapped, random_episodes(env), name="made/rescaled-v0")
     erdp.load_data(Args(env="own", dataset=rescaled, eval_env="Ledger-v7"))
     assert "max_episode_steps 9 / 3, wrappers ['RescaleAction'] / []\n" in capsys.readouterr().out
+    args = Args(env="own", dataset=rescaled)
+    spec, _ = erdp.describe_env(args, erdp.read_data(args))
+    assert [wrapper.name for wrapper in spec.additional_wrappers] == ["RescaleAction"], "the data's own stay"
 
 
 def rewarded() -> gym.Env:
@@ -2579,16 +2581,13 @@ def test_run_in_another_thread_than_the_main_one_as_in_a_sweep(minari_root, tmp_
     assert statuses == [0] and stands(tmp_path / "run") == (4, [2, 4])
 
 
-def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, monkeypatch, capfd):
+def test_run_with_a_dead_worker_ends_in_one_sentence_and_goes_on(minari_root, tmp_path, capfd):
     """It dies within a step of the second evaluation."""
     folder, doom = tmp_path / "run", tmp_path / "doom"
     argv = ["--dataset", make_minari(made("Ledger", doom=str(doom)))]
     assert learn(folder, *argv, "--num-steps", "2") == 0
     capfd.readouterr()
-    with monkeypatch.context() as patch:
-        update = erdp.update
-        patch.setattr(erdp, "update", lambda *given: doom.touch() or update(*given))
-        assert learn(folder, *argv, "--resume") == 2
+    assert cut(folder, "update", 1, doom.touch, *argv, "--resume", settings=SHORT) == 2
     assert re.fullmatch("erdp: a process of the evaluation has died.*--resume.*\n", capfd.readouterr().err)
     assert multiprocessing.active_children() == [] and stands(folder) == (4, [2])
     doom.unlink()
@@ -2608,12 +2607,8 @@ def test_run_stopped_between_two_steps_needs_no_worker_to_end(minari_root, tmp_p
         sigterm()
         return result
 
-    def update(*given, update=erdp.update):  # not before it: the first step of all is a trial
-        monkeypatch.setattr(gym.vector.AsyncVectorEnv, "step", last_step)
-        return update(*given)
-
-    monkeypatch.setattr(erdp, "update", update)
-    assert learn(folder, *argv) == 143
+    after_the_trial = functools.partial(monkeypatch.setattr, gym.vector.AsyncVectorEnv, "step", last_step)
+    assert cut(folder, "update", 1, after_the_trial, *argv, settings=SHORT) == 143
     said = capfd.readouterr()
     assert said.err == "" and "stopped at update 2" in said.out and multiprocessing.active_children() == []
 
@@ -2974,14 +2969,16 @@ def test_readmes_own_environment_is_recorded_learned_and_acted_in_as_printed(tmp
     (tmp_path / "reach.py").write_text(environment)
     bin_folder = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     there = os.environ | {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "PATH": bin_folder, "OMP_NUM_THREADS": "1"}
-    for command in commands.splitlines():
+
+    def printed(command) -> str:
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}: {done.stderr}"
-    assert abs(float(done.stdout.strip("[]\n"))) <= 1, "it prints an action"
-    (tmp_path / "erdp.py").rename(tmp_path / "own-method.py")
-    command = "python own-method.py --num-steps 1 --eval-episodes 1 --device cpu"
-    done = subprocess.run(command, shell=True, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"a copy of another name: {done.stderr}"
+        return done.stdout
+
+    *_, action = map(printed, commands.splitlines())
+    assert abs(float(action.strip("[]\n"))) <= 1, "it prints an action"
+    (tmp_path / "erdp.py").rename(tmp_path / "own-method.py")  # a copy under another name has the toy too
+    printed("python own-method.py --num-steps 1 --eval-episodes 1 --device cpu")
 
 
 # ==== What a CUDA graph of `update` needs, without a GPU ==============================================================

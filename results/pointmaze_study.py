@@ -198,8 +198,10 @@ def explored(scores: dict, acting: dict) -> str:
     }
     for arm, name in (ARMS | EXPLORED).items():
         if arm in scores:
-            pairs = [(values[arm][:n], values[other][:n], arm == other) for values, other in columns.values()]
-            less = ["" if same else DIFFERENCE.format(**paired(a, b)) for a, b, same in pairs]
+            less = [
+                "" if arm == other else DIFFERENCE.format(**paired(values[arm][:n], values[other][:n]))
+                for values, other in columns.values()
+            ]
             rows.append([name, *means(scores, acting, arm, n), *less])
     return table(["arm", *COLUMNS, *columns], rows)
 
